@@ -1,0 +1,17 @@
+"""What a user's mistake is called: one message that says what is wrong, where, and what to type."""
+
+
+class FinetuneError(Exception):
+    """Base of every error that is shown as one message, without a traceback, with exit code 1."""
+
+
+class ConfigError(FinetuneError):
+    """A value, key or choice on the command line or in conf/ that cannot work."""
+
+
+class DataError(FinetuneError):
+    """Images, labels or folders that cannot be trained on."""
+
+
+class CheckpointError(FinetuneError):
+    """A run directory, checkpoint or weights file that cannot be read or does not fit."""
