@@ -1,1 +1,13 @@
 """Backbones: every one maps (B, 3, H, W) to (B, D) features."""
+
+from collections.abc import Callable
+
+# the modules, not their functions: those bear the same names and would hide them
+from finetune.backbones import module, tiny, torchvision
+from finetune.backbones.base import Backbone
+
+FAMILIES: dict[str, Callable[..., Backbone]] = {
+    "module": module.module,
+    "tiny": tiny.tiny,
+    "torchvision": torchvision.torchvision,
+}

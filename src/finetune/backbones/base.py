@@ -1,0 +1,74 @@
+"""What every backbone is: (B, 3, H, W) images to (B, D) features, the classifier taken off."""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from finetune.errors import ConfigError
+from finetune.specs import InputSpec
+
+Recipe = dict[str, str | int | float | bool | None]
+
+
+class Backbone(nn.Module):
+    """A headless network and what must be known of it: (B, 3, H, W) to (B, D).
+
+    recipe: "family" and the keyword arguments that build the same architecture again, weights
+    left out: FAMILIES[family](**arguments, weights=None).
+    """
+
+    def __init__(
+        self, net: nn.Module, num_features: int, input_spec: InputSpec, recipe: Recipe
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.num_features = num_features
+        self.input_spec = input_spec
+        self.recipe = dict(recipe)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the backbone alone: the head is not counted."""
+        return sum(parameter.numel() for parameter in self.net.parameters())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, D); a feature map that is left is averaged over its pixels."""
+        features: Tensor = self.net(images)
+        return features.mean(dim=(2, 3)) if features.ndim == 4 else features
+
+
+def split_head(net: nn.Module) -> tuple[int, str]:
+    """Replace the classifier by nn.Identity, in place; return its input width D and its name.
+
+    The classifier is the last Linear or Conv2d in registration order; auxiliary ones ("aux") do
+    not count. This one rule holds for every classifier of torchvision.
+    """
+    heads = {
+        name: module
+        for name, module in net.named_modules()
+        if name and isinstance(module, nn.Linear | nn.Conv2d) and "aux" not in name
+    }
+    if not heads:
+        raise ConfigError(
+            f"{type(net).__name__} has no Linear or Conv2d layer to take off as its head"
+        )
+    name, head = heads.popitem()
+    net.set_submodule(name, nn.Identity())
+    return (head.in_features if isinstance(head, nn.Linear) else head.in_channels), name
+
+
+def check_size(net: nn.Module, size: int) -> None:
+    """Raise ConfigError if net cannot take images of size x size pixels.
+
+    It runs on meta tensors, which have shapes and no values, and costs no more than its layers.
+    """
+    state = {name: tensor.to("meta") for name, tensor in net.state_dict().items()}
+    training = net.training
+    try:
+        functional_call(net.eval(), state, (torch.empty(2, 3, size, size, device="meta"),))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"model.input_size: {type(net).__name__} cannot take images of {size} x {size}: {error}"
+        ) from error
+    finally:
+        net.train(training)
