@@ -6,20 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 from finetune.data.base import ImageFiles, LabelledImages, Splits
-from finetune.data.read import IMAGE_SUFFIXES, printable
-from finetune.data.split import cut_splits, listed
+from finetune.data.paths import existing_folder, printable
+from finetune.data.read import IMAGE_SUFFIXES
+from finetune.data.split import SPLIT_NAMES, cut_splits, listed
 from finetune.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# How people call their split folders, in lower case.
-_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-
 _EXPECTED = "expected <root>/train|val|test/<class>/<image> or <root>/<class>/<image>"
+_TABLE = "For a table of paths: data=csv data.table=FILE"
 
 
 def image_folder(root: str, split_seed: int = 0) -> Splits:
@@ -29,7 +24,7 @@ def image_folder(root: str, split_seed: int = 0) -> Splits:
     below them. Hidden files and folders and __MACOSX are left out, other types of files counted.
     split_seed: of the cut. val or test is None where root has splits but not this one.
     """
-    folder = _existing_folder(root)
+    folder = existing_folder(root, f"Unpack it if it is an archive. {_TABLE}")
     walk = _Walk()
     found = _split_folders(folder)
     if not found:
@@ -102,30 +97,12 @@ def _entries(folder: Path | str) -> tuple[list[str], list[str], list[str]]:
     return sorted(folders), images, others
 
 
-def _existing_folder(root: str) -> Path:
-    folder = Path(root).expanduser()
-    if folder.is_dir():
-        return folder
-    here = printable(folder.absolute())
-    if folder.exists():
-        raise DataError(
-            f"data.root={root}: {here} is a file, not a folder; unpack it if it is an archive. "
-            "For a table of paths: data=csv data.table=FILE"
-        )
-    known = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    inside = sorted(p.name for p in known.iterdir() if p.is_dir() and not p.name.startswith("."))
-    raise DataError(
-        f"data.root={root}: there is no {here}; {printable(known)} holds "
-        f"{listed(inside, most=8) or 'no folders'}"
-    )
-
-
 def _split_folders(root: Path) -> dict[str, Path]:
     """Split name to its folder; empty where the folders in root are the classes."""
     folders = [Path(path) for path in _entries(root)[0]]
     found: dict[str, Path] = {}
     for path in folders:
-        split = _SPLIT_NAMES.get(path.name.lower())
+        split = SPLIT_NAMES.get(path.name.lower())
         if split in found:
             raise DataError(
                 f"{printable(path)} and {printable(found[split])} are both the {split} split; "
@@ -147,10 +124,7 @@ def _class_folders(
     folders, loose, _ = _entries(parent)
     if not folders:
         what = f"but {len(loose)} images straight in it" if loose else "nor images"
-        raise DataError(
-            f"{place} has no class folders, {what}; {_EXPECTED}. "
-            "For a table of paths: data=csv data.table=FILE"
-        )
+        raise DataError(f"{place} has no class folders, {what}; {_EXPECTED}. {_TABLE}")
     if loose:
         raise DataError(
             f"{place} holds {len(loose)} images outside its class folders, such as "

@@ -1,7 +1,6 @@
 """Reads any image file as RGB, and says which file it is when it cannot."""
 
 import io
-import os
 import stat
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from finetune.data.paths import printable
 from finetune.errors import DataError
 
 # Which files in a folder are images; what is in them decides how they are decoded.
@@ -51,12 +51,6 @@ def read_image(path: Path) -> Tensor:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
         raise DataError(f"{printable(path)} cannot be read: {_reason(error)}") from error
-
-
-def printable(path: Path | str) -> str:
-    r"""Path for a message: bytes that are no UTF-8 and control characters as \x escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _read_bytes(path: Path) -> bytes:

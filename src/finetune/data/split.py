@@ -13,6 +13,13 @@ log = logging.getLogger(__name__)
 
 TRAIN_VAL_TEST = (0.7, 0.15, 0.15)
 
+# How people call their splits, in lower case.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
 
 def cut(
     labels: Sequence[int], fractions: Sequence[float], seed: int, classes: Sequence[str] = ()
