@@ -1,0 +1,188 @@
+"""From config to objects: the only caller of hydra's instantiate."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from finetune import checkpoint
+from finetune.backbones import FAMILIES
+from finetune.callbacks import WholeCheckpointIO
+from finetune.check import COMMON_DATA_KEYS
+from finetune.data import transforms
+from finetune.data.base import Splits
+from finetune.data.sampler import batch_bounds
+from finetune.data.split import check_splits, cut_val, limit_train
+from finetune.datamodule import DataModule
+from finetune.errors import CheckpointError, ConfigError
+from finetune.loggers import MetricsFile
+from finetune.model import Classifier
+from finetune.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+LEAST_EPOCHS, LEAST_STEPS = 10, 500  # BiT-HyperRule: 500 steps for fewer than 20k images
+MOST_VALIDATIONS = 50
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run trains. max_steps: None for all of the epochs."""
+
+    epochs: int
+    steps_per_epoch: int
+    max_steps: int | None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, at most."""
+        steps = self.epochs * self.steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @property
+    def validate_every(self) -> int:
+        """Epochs from one validation to the next: all of them cost time on a few images."""
+        return math.ceil(self.epochs / MOST_VALIDATIONS)
+
+
+def build_splits(cfg: DictConfig) -> Splits:
+    """The dataset, checked, with a val split, and train limited as asked."""
+    node = OmegaConf.to_container(cfg.data, resolve=True)
+    common = {key: node.pop(key) for key in COMMON_DATA_KEYS if key in node}
+    splits: Splits = instantiate(node, _convert_="all")
+    splits = cut_val(splits, seed=node.get("split_seed", 0))
+    check_splits(splits)
+    return limit_train(splits, **common, seed=cfg.seed)
+
+
+def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
+    """The backbone with its weights, and a new head."""
+    torch.manual_seed(cfg.seed)  # of the head, and of a backbone from scratch
+    backbone = instantiate(cfg.model, _convert_="all")
+    return Classifier(backbone, classes)
+
+
+def restore_model(path: Path, target: str | None = None) -> Classifier:
+    """The model of a best.ckpt, in eval mode.
+
+    target: dotted path of a user's own class; asked for again, since it is code and a checkpoint
+    is data.
+    """
+    saved = checkpoint.read(path)
+    recipe = dict(saved.backbone)
+    family = recipe.pop("family", None)
+    if family not in FAMILIES:
+        raise CheckpointError(f"{path}: unknown family of backbones '{family}'")
+    if family == "module":
+        if target is None:
+            raise CheckpointError(
+                f"{path} was trained on a class of your own, '{recipe.get('target')}', and what a "
+                f"checkpoint names is never run unasked; type model.target={recipe.get('target')}"
+            )
+        recipe["target"] = target
+    backbone = FAMILIES[family](**recipe, weights=None)
+    backbone.input_spec = saved.input_spec
+    model = Classifier(backbone, saved.classes)
+    try:
+        model.load_state_dict(saved.state_dict)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} does not fit the {family} backbone {recipe}: {reason}") from error
+    return model.eval()
+
+
+def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> DataModule:
+    """Splits as batches of what the model's weights expect."""
+    return DataModule(
+        splits,
+        train_transform=instantiate(cfg.augment, _convert_="all")(model.input_spec),
+        eval_transform=transforms.evaluation(model.input_spec),
+        batch_size=cfg.batch_size,
+        num_workers=cfg.num_workers,
+        seed=cfg.seed,
+    )
+
+
+def build_budget(cfg: DictConfig, num_images: int) -> Budget:
+    """epochs as typed; else 10, or as many as 500 steps or max_steps need."""
+    global_batch = cfg.batch_size * num_devices(cfg)
+    batches = len(batch_bounds(num_images, global_batch, smallest=2 * num_devices(cfg)))
+    steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches)
+    wanted = LEAST_STEPS if cfg.max_steps is None else cfg.max_steps
+    epochs = cfg.epochs
+    if epochs is None:
+        epochs = math.ceil(wanted / steps) if cfg.max_steps else max(LEAST_EPOCHS, math.ceil(wanted / steps))
+    return Budget(epochs, steps, cfg.max_steps)
+
+
+def build_task(cfg: DictConfig, model: Classifier, budget: Budget) -> Task:
+    """The LightningModule."""
+    task: Task = instantiate(cfg.task)(
+        model=model,
+        strategy=instantiate(cfg.strategy),
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        schedule=instantiate(cfg.schedule),
+        weight_decay=cfg.optimizer.weight_decay,
+        epochs=budget.epochs,
+        total_steps=budget.total_steps,
+        seed=cfg.seed,
+    )
+    return task
+
+
+def build_loggers(cfg: DictConfig, run: Path, resumed_at: int | None) -> list[Logger]:
+    """metrics.csv always, and what logger= asks for."""
+    loggers: list[Logger] = [MetricsFile(run, resumed_at)]
+    if cfg.get("logger"):
+        loggers.insert(0, instantiate(cfg.logger, _convert_="all")(run=run, resumed_at=resumed_at))
+    return loggers
+
+
+def build_trainer(
+    cfg: DictConfig, run: Path, budget: Budget, callbacks: list[Callback], loggers: list[Logger]
+) -> L.Trainer:
+    """Lightning's Trainer: device, precision and ranks are its own."""
+    make: Callable[..., L.Trainer] = instantiate(cfg.trainer, _convert_="all")
+    try:
+        return make(
+            default_root_dir=run,
+            max_epochs=budget.epochs,
+            max_steps=-1 if budget.max_steps is None else budget.max_steps,
+            check_val_every_n_epoch=budget.validate_every,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[WholeCheckpointIO()],
+            deterministic=cfg.deterministic,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,  # ours are whole or absent, and hold what a reader needs
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # ours repeats no image
+        )
+    except (ValueError, TypeError, RuntimeError) as error:  # MisconfigurationException among them
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def num_devices(cfg: DictConfig) -> int:
+    """Devices that trainer.devices asks for on this machine, times trainer.num_nodes."""
+    devices: Any = cfg.trainer.devices
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    on_gpu = cfg.trainer.accelerator in ("gpu", "cuda") or (
+        cfg.trainer.accelerator == "auto" and torch.cuda.is_available()
+    )
+    if devices in (-1, "auto"):
+        devices = torch.cuda.device_count() if on_gpu else 1
+    elif isinstance(devices, str):
+        devices = len(devices.strip(",").split(","))
+    elif not isinstance(devices, int):
+        devices = len(devices)
+    return int(devices) * int(cfg.trainer.get("num_nodes", 1))

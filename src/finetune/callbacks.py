@@ -1,0 +1,318 @@
+"""What Lightning does not already have: whole checkpoints, clean stops, honest rates, pictures."""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from finetune import checkpoint
+from finetune.checkpoint import load, save
+from finetune.datamodule import Batch, DataModule
+from finetune.errors import ConfigError
+from finetune.loggers import TensorBoard
+from finetune.model import Classifier
+from finetune.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, written whole or not at all, and read as data only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write beside path, then rename."""
+        save(Path(path), checkpoint)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read to the CPU, with weights_only=True whatever is asked for."""
+        return load(Path(path))
+
+
+
+def lower_is_better(monitor: str) -> bool:
+    """Whether a metric of this name is minimised."""
+    return monitor.rsplit("/", 1)[-1] in ("loss", "ece")
+
+
+class BestCheckpoint(Callback):
+    """Writes best.ckpt when the monitored metric of val is better than ever before."""
+
+    def __init__(self, run: Path, monitor: str) -> None:
+        self.path, self.monitor = checkpoint.best_path(run), monitor
+        self.best: dict[str, Any] = {}
+        self.confusion: Tensor | None = None  # of val, at the best; rows are labels
+        self.validated_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a resume."""
+        return {"best": self.best, "confusion": self.confusion}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a resume."""
+        self.best, self.confusion = state_dict["best"], state_dict["confusion"]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare, and write on rank 0. All ranks hold the same metric and agree."""
+        assert isinstance(pl_module, Task)
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if self.monitor not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise ConfigError(f"monitor: no metric '{self.monitor}'; there are {known}")
+        self.validated_step = trainer.global_step
+        value, sign = metrics[self.monitor], -1.0 if lower_is_better(self.monitor) else 1.0
+        epoch = trainer.current_epoch
+        log.info(
+            "epoch %d, step %d: %s",
+            epoch,
+            trainer.global_step,
+            ", ".join(f"{k} {metrics[k]:.4f}" for k in dict.fromkeys((self.monitor, "val/loss"))),
+        )
+        # a NaN is never better; the first value is, whatever it is
+        if self.best and not sign * value > sign * self.best["value"]:
+            return
+        self.best = {
+            "epoch": epoch,
+            "step": trainer.global_step,
+            "monitor": self.monitor,
+            "value": value,
+            "metrics": metrics,
+        }
+        self.confusion = pl_module.confusion.cpu() if pl_module.confusion is not None else None
+        # every rank takes part: under FSDP each holds a part of the weights
+        state = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            write_best(self.path, pl_module.model, state, self.best)
+
+
+def write_best(
+    path: Path, model: Classifier, state: dict[str, Tensor], best: dict[str, Any]
+) -> None:
+    """Write best.ckpt. state: of the task, whose model's names start with 'model.'."""
+    weights = {k.removeprefix("model."): v.cpu() for k, v in state.items() if k.startswith("model.")}
+    checkpoint.write(
+        path,
+        checkpoint.Checkpoint(
+            state_dict=weights,
+            classes=model.classes,
+            input_spec=model.input_spec,
+            backbone=dict(model.backbone.recipe),
+            **{k: best[k] for k in ("epoch", "step", "monitor", "value")},
+        ),
+    )
+
+
+class StepCheckpoints(Callback):
+    """step-N.ckpt for a resume: every n steps and after a validated epoch; the newest two stay."""
+
+    def __init__(self, run: Path, every_n_steps: int) -> None:
+        self.run, self.every_n_steps = run, every_n_steps
+        self.saved_step = -1
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the state of this step, and remove all but the newest two."""
+        self.saved_step = trainer.global_step
+        trainer.save_checkpoint(checkpoint.step_path(self.run, trainer.global_step))
+        if trainer.is_global_zero:
+            for path in checkpoint.step_paths(self.run)[2:]:
+                path.unlink()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Save in the middle of an epoch, at an optimizer step."""
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and may_save_here(trainer, batch_idx) and step != self.saved_step:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Save after the validation, or when the steps are due."""
+        due = trainer.global_step - self.saved_step >= self.every_n_steps
+        every = trainer.check_val_every_n_epoch or 1
+        if due or (trainer.current_epoch + 1) % every == 0:
+            self.save(trainer)
+
+
+def may_save_here(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a resume from after this batch continues as the run would have: not in the middle
+
+    of an accumulation, and not at the last batch, after which the epoch's end is still due.
+    """
+    last = batch_idx + 1 >= trainer.num_training_batches
+    return not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class Interrupted(Exception):
+    """A signal asked for a stop. signum: which one."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals(Callback):
+    """SIGINT, SIGTERM and SIGUSR1 stop a run after the batch, with a checkpoint; twice: at once."""
+
+    def __init__(self, steps: StepCheckpoints | None) -> None:
+        self.steps, self.received, self.fitting = steps, 0, False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals inside; put back what was there before."""
+        names = [n for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+        before = {n: signal.signal(getattr(signal, n), self._receive) for n in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.received or not self.fitting:
+            raise Interrupted(signum)
+        self.received = signum
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """From here on a stop waits for the batch."""
+        self.fitting = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """From here on there is no batch to wait for."""
+        self.fitting = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """From here on there is no batch to wait for."""
+        self.fitting = False
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Stop if any rank was asked to."""
+        signum = self.received
+        if trainer.world_size > 1:
+            flag = torch.tensor(signum, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            signum = int(flag)
+        if signum:
+            if self.steps and may_save_here(trainer, batch_idx):
+                self.steps.save(trainer)
+            raise Interrupted(signum)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop a validation too; the resume repeats it."""
+        if self.received:
+            raise Interrupted(self.received)
+
+
+class Throughput(Callback):
+    """Training images per second: the first 20 steps, validation and checkpoints left out."""
+
+    SKIP = 20
+
+    def __init__(self) -> None:
+        self.images, self.seconds, self.steps = 0, 0.0, 0
+        self.first_step_at: float | None = None
+        self._last: float | None = None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Over the run so far, all devices together; None before step 21."""
+        return self.images / self.seconds if self.seconds > 0 else None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Begin the clock anew: what was between the epochs is not training."""
+        self._last = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count from the end of the batch before: waiting for data is part of it."""
+        now = time.perf_counter()
+        self.steps += 1
+        if self.first_step_at is None:
+            self.first_step_at = time.time()
+        if self._last is not None and self.steps > self.SKIP:
+            self.images += len(batch[1]) * trainer.world_size
+            self.seconds += now - self._last
+        self._last = now
+        if self.images_per_second and trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log("time/images_per_second", self.images_per_second, rank_zero_only=True)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Stop the clock."""
+        self._last = None
+
+
+class Pictures(Callback):
+    """What a person wants to see in TensorBoard: augmented images, the confusion matrix of val."""
+
+    def __init__(self, best: BestCheckpoint) -> None:
+        self.best = best
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show 32 training images as the model gets them."""
+        writer = tensorboard(trainer)
+        if writer is None or trainer.global_step > 0:
+            return
+        from torchvision.utils import make_grid
+
+        assert isinstance(datamodule := trainer.datamodule, DataModule)  # type: ignore[attr-defined]
+        loader = datamodule.train_dataloader()
+        chosen = next(iter(loader.batch_sampler))[:32]
+        images = torch.stack([loader.dataset[where][0] for where in chosen])
+        if images.shape[-1] < 64:  # a browser blurs what it enlarges itself
+            images = images.repeat_interleave(4, -1).repeat_interleave(4, -2)
+        writer.experiment.add_image("train/augmented", make_grid(images, nrow=8), 0)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the confusion matrix of the best epoch."""
+        writer = tensorboard(trainer)
+        if writer is None or self.best.confusion is None:
+            return
+        assert isinstance(pl_module, Task)
+        figure = confusion_figure(self.best.confusion, pl_module.model.classes)
+        writer.experiment.add_figure("val/confusion_matrix", figure, self.best.best["step"])
+
+
+def tensorboard(trainer: L.Trainer) -> TensorBoard | None:
+    """The TensorBoard logger of this rank, if there is one."""
+    if not trainer.is_global_zero:
+        return None
+    return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoard)), None)
+
+
+def confusion_figure(confusion: Tensor, classes: tuple[str, ...]) -> Any:
+    """A matplotlib figure of (K, K) counts, rows the labels; shares of a row as colour."""
+    from matplotlib.figure import Figure  # late: takes half a second; no pyplot, so no window
+
+    num = len(classes)
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    size = min(20.0, 3.0 + 0.35 * num)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    if num <= 60:
+        axes.set_xticks(range(num), classes, rotation=90)
+        axes.set_yticks(range(num), classes)
+    if num <= 20:
+        for row in range(num):
+            for column in range(num):
+                if count := int(confusion[row, column]):
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    return figure

@@ -1,0 +1,205 @@
+"""A config against the signatures it will call and the values that make sense: all faults at once."""
+
+import difflib
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from finetune.datamodule import usable_cores
+from finetune.errors import ConfigError
+
+HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
+COMMON_DATA_KEYS = ("shots", "fraction")  # taken out by build before the dataset is called
+MONITORS = ("accuracy", "f1", "top5", "loss", "ece")
+
+
+def check_all(jobs: Sequence[DictConfig]) -> None:
+    """Raise ConfigError that lists what is wrong in any of the jobs' configs."""
+    problems = list(dict.fromkeys(problem for cfg in jobs for problem in problems_of(cfg)))
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        one = problems[0]
+        raise ConfigError(one if len(problems) == 1 else f"{len(problems)} values cannot work\n{listed}")
+
+
+def problems_of(cfg: DictConfig) -> Iterator[str]:
+    """What is wrong in the config of one job, a line each."""
+    missing = {k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra.")}
+    yield from (f"{key} has no value; type {key}=..." for key in sorted(missing))
+    for group in sorted(str(key) for key in cfg if key != "hydra"):
+        node = cfg._get_node(group)
+        if OmegaConf.is_dict(node) and node.get("_target_"):
+            yield from _call_problems(group, node, missing)
+    yield from _range_problems(cfg)
+    if "trainer" in cfg:
+        yield from _device_problems(cfg)
+
+
+def _call_problems(group: str, node: DictConfig, missing: set[str]) -> Iterator[str]:
+    """What the signature behind a node's _target_ does not take."""
+    try:
+        target = get_object(node._target_)
+    except Exception as error:  # whatever importing somebody's module raises
+        yield f"{group}._target_: {node._target_} cannot be imported: {error}"
+        return
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(target)
+    for key in node:
+        if key in HYDRA_KEYS or (group == "data" and key in COMMON_DATA_KEYS):
+            continue
+        full = f"{group}.{key}"
+        if key not in parameters:
+            if not open_ended:
+                close = difflib.get_close_matches(str(key), list(parameters), n=3)
+                hint = ", ".join(f"{group}.{name}" for name in close) or ", ".join(parameters)
+                yield f"{full}: {node._target_} has no such argument; close: {hint}"
+        elif full not in missing and key in hints:
+            value = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg := node[key]) else cfg
+            if not fits(value, hints[key]):
+                yield f"{full}={value!r}: must be {spelled(hints[key])}"
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return get_type_hints(inspect.unwrap(function))
+    except (NameError, TypeError):  # annotations that only a type checker can resolve
+        return {}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value may stand for a parameter of this type; what cannot be told is True."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if origin in (list, tuple) or getattr(origin, "__name__", "") in ("Sequence", "Iterable"):
+        if not isinstance(value, list | tuple):
+            return False
+        if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+            return len(value) == len(arguments) and all(map(fits, value, arguments))
+        return all(fits(item, arguments[0]) for item in value) if arguments else True
+    if inspect.isclass(hint) and hint.__module__ != "builtins" and hint is not Any:
+        return False  # a runtime object, which YAML cannot give
+    return True
+
+
+def spelled(hint: Any) -> str:
+    """A type for a person: 'int or null', '[number, number]'."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        named = [a for a in arguments if a is type(None) or not _is_runtime_class(a)]
+        return " or ".join(dict.fromkeys(spelled(argument) for argument in named))
+    if origin is Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin is tuple:
+        return "[" + ", ".join(spelled(a) for a in arguments) + "]"
+    if origin is list:
+        return "a list of " + " or ".join(spelled(a) for a in arguments)
+    names = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _is_runtime_class(hint: Any) -> bool:
+    return inspect.isclass(hint) and hint.__module__ != "builtins"
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least
+
+
+def _number(test: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and test(v)
+
+
+def _share(test: Callable[[float], bool] = lambda v: 0 <= v <= 1) -> Callable[[Any], bool]:
+    return _number(test)
+
+
+# key, whether null may stand, test, what is allowed
+RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
+    ("epochs", True, _whole(1), "a whole number from 1, or null"),
+    ("max_steps", True, _whole(0), "a whole number from 0, or null"),
+    ("batch_size", False, _whole(1), "a whole number from 1"),
+    ("num_workers", True, _whole(0), "a whole number from 0, or null"),
+    ("seed", False, _whole(0), "a whole number from 0"),
+    ("patience", True, _whole(1), "a whole number from 1, or null"),
+    ("deterministic", False, lambda v: isinstance(v, bool), "true or false"),
+    ("checkpoint.every_n_steps", False, _whole(1), "a whole number from 1"),
+    ("monitor", False, lambda v: v in [f"val/{m}" for m in MONITORS],
+     "one of " + ", ".join(f"val/{m}" for m in MONITORS)),
+    ("data.shots", True, _whole(1), "a whole number from 1, or null"),
+    ("data.fraction", True, _number(lambda v: 0 < v <= 1), "a number above 0, at most 1, or null"),
+    ("data.num_images", True, _whole(1), "a whole number from 1"),
+    ("data.num_classes", True, _whole(2), "a whole number from 2"),
+    ("data.image_size", True, _whole(1), "pixels, from 1"),
+    ("model.input_size", True, _whole(1), "pixels, from 1, or null"),
+    ("optimizer.lr", False, _number(lambda v: v > 0), "a number above 0"),
+    ("optimizer.momentum", False, _number(lambda v: 0 <= v < 1), "a number from 0, below 1"),
+    ("optimizer.weight_decay", False, _number(lambda v: v >= 0), "a number from 0"),
+    ("schedule.warmup", False, _number(lambda v: 0 <= v < 1), "a share of the steps: from 0, below 1"),
+    ("schedule.final", False, _share(), "a share of the base lr: from 0 to 1"),
+    ("augment.scale", False, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+     "two shares of the area, 0 < least <= most <= 1"),
+    ("augment.erase", False, _share(), "a probability, from 0 to 1"),
+    ("trainer.accumulate_grad_batches", False, _whole(1), "a whole number from 1"),
+    ("trainer.gradient_clip_val", True, _number(lambda v: v > 0), "a number above 0, or null"),
+    ("trainer.log_every_n_steps", False, _whole(1), "a whole number from 1"),
+    ("trainer.num_nodes", False, _whole(1), "a whole number from 1"),
+    ("split", False, lambda v: v in ("val", "test"), "val or test"),
+    ("strict", False, lambda v: isinstance(v, bool), "true or false"),
+]  # fmt: skip
+
+
+def _range_problems(cfg: DictConfig) -> Iterator[str]:
+    for key, may_be_null, test, allowed in RANGES:
+        missing = object()
+        try:
+            value = OmegaConf.select(cfg, key, default=missing)
+        except Exception:  # a value of a parent that is no node, reported elsewhere
+            continue
+        if value is missing or (value is None and may_be_null):
+            continue
+        try:
+            good = test(value)
+        except TypeError:
+            good = False
+        if not good:
+            yield f"{key}={value}: must be {allowed}"
+
+
+def _device_problems(cfg: DictConfig) -> Iterator[str]:
+    """More devices than there are; a GPU where there is none."""
+    import torch
+
+    accelerator, devices = cfg.trainer.get("accelerator", "auto"), cfg.trainer.get("devices", 1)
+    gpus = torch.cuda.device_count()
+    if accelerator in ("gpu", "cuda") and gpus == 0:
+        yield f"trainer.accelerator={accelerator}: this machine has no GPU that torch can use; type cpu"
+        return
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
+    available, kind = (gpus, "GPUs") if on_gpu else (usable_cores(), "CPU cores")
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        return
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        if devices == 0 or devices < -1 or devices > available:
+            yield f"trainer.devices={devices}: there are {available} {kind} here; type 1 to {available}"
+    if cfg.trainer.get("strategy") == "fsdp" and not on_gpu:
+        yield "trainer.strategy=fsdp: needs GPUs; on the CPU there is trainer=ddp_cpu"

@@ -1,0 +1,103 @@
+"""What a checkpoint holds; how it is written and read. All of it loads with weights_only=True."""
+
+import pickle
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import CheckpointError
+from finetune.files import write_whole
+from finetune.specs import InputSpec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """best.ckpt: weights, and what is needed to use them elsewhere.
+
+    state_dict: of a Classifier. backbone: family and the keyword arguments that rebuild the
+    architecture; data, never code. value: of monitor.
+    """
+
+    state_dict: dict[str, Tensor]
+    classes: tuple[str, ...]
+    input_spec: InputSpec
+    backbone: dict[str, Any]
+    epoch: int
+    step: int
+    monitor: str
+    value: float
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, whole or not at all."""
+    content = {
+        "format": FORMAT,
+        **{name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__},
+        "classes": list(checkpoint.classes),
+        "input_spec": asdict(checkpoint.input_spec),
+    }
+    save(path, content)
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """torch.save, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a file of tensors and plain values. Raises CheckpointError if it is anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a best.ckpt. Raises CheckpointError if it is not one."""
+    content = load(path)
+    names = Checkpoint.__dataclass_fields__
+    missing = [name for name in names if name not in content]
+    if missing or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this project (format {content.get('format')}, "
+            f"missing {', '.join(missing) or 'nothing'}). For weights of another origin: "
+            f"model.weights={path}"
+        )
+    spec = dict(content["input_spec"])
+    spec["mean"], spec["std"] = tuple(spec["mean"]), tuple(spec["std"])
+    fields = {name: content[name] for name in names}
+    fields |= {"classes": tuple(content["classes"]), "input_spec": InputSpec(**spec)}
+    return Checkpoint(**fields)
+
+
+def best_path(run: Path) -> Path:
+    """Where the best weights of a run lie."""
+    return run / "checkpoints" / "best.ckpt"
+
+
+def step_path(run: Path, step: int) -> Path:
+    """Where a resume at this step starts from."""
+    return run / "checkpoints" / f"step-{step}.ckpt"
+
+
+def step_paths(run: Path) -> list[Path]:
+    """The step checkpoints of a run, newest first."""
+    found = {
+        int(match[1]): path
+        for path in (run / "checkpoints").glob("step-*.ckpt")
+        if (match := re.fullmatch(r"step-(\d+)\.ckpt", path.name))
+    }
+    return [found[step] for step in sorted(found, reverse=True)]

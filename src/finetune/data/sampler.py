@@ -1,0 +1,67 @@
+"""Which image comes when: a pure function of (seed, epoch), so that no state needs saving."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+def stable_hash(*parts: int | str) -> int:
+    """A seed from parts: 63 bits, the same in every process and version of Python."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(num_images)."""
+    generator = torch.Generator().manual_seed(stable_hash("order", seed, epoch))
+    order: list[int] = torch.randperm(num_images, generator=generator).tolist()
+    return order
+
+
+def batch_bounds(num_images: int, global_batch: int, smallest: int) -> list[tuple[int, int]]:
+    """[start, stop) of the batches of an epoch.
+
+    global_batch: images per step over all ranks. A last batch of fewer than smallest images joins
+    the one before it; fewer images than one batch are one batch. Nothing is dropped or repeated.
+    """
+    starts = list(range(0, num_images, global_batch))
+    if len(starts) > 1 and num_images - starts[-1] < smallest:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_images], strict=True))
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """The batches of one rank as lists of (epoch, position), from where the training loop stands.
+
+    where: gives (epoch, first batch); asked when the first batch is drawn, since a resume sets the
+    loop's counters later than it asks for the iterator. shuffle=False: in order, for evaluation.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        where: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        # BatchNorm needs two images a rank to train on
+        smallest = world_size * (2 if shuffle else 1)
+        self.bounds = batch_bounds(num_images, batch_size * world_size, smallest)
+        self.num_images, self.seed, self.shuffle = num_images, seed, shuffle
+        self.rank, self.world_size, self.where = rank, world_size, where
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, first = self.where()
+        order: list[int] | range = range(self.num_images)
+        if self.shuffle:
+            order = epoch_order(self.num_images, self.seed, epoch)
+        for start, stop in self.bounds[first:]:
+            yield [(epoch, position) for position in order[start:stop][self.rank :: self.world_size]]

@@ -1,0 +1,72 @@
+"""From an image of any size to the uint8 (3, S, S) that a backbone expects."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from finetune.specs import InputSpec
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def evaluation(spec: InputSpec) -> Transform:
+    """Shorter side to spec.resize, centre crop of spec.size: what the weights were tested with."""
+    return v2.Compose(
+        [
+            v2.Resize(spec.resize, InterpolationMode(spec.interpolation), antialias=True),
+            v2.CenterCrop(spec.size),
+        ]
+    )
+
+
+def none(spec: InputSpec) -> Transform:
+    """No augmentation: training sees what evaluation sees."""
+    return evaluation(spec)
+
+
+def light(
+    spec: InputSpec, scale: tuple[float, float] = (0.2, 1.0), flip: bool = True
+) -> Transform:
+    """Random resized crop and flip.
+
+    scale: share of the image's area that a crop covers. flip: mirror half of the images; False
+    where left and right mean something, as in digits and text.
+    Source: the ImageNet recipes; 0.2 as the least share is BiT's and the transfer literature's.
+    """
+    return v2.Compose([_crop(spec, scale), *([v2.RandomHorizontalFlip()] if flip else [])])
+
+
+def strong(
+    spec: InputSpec,
+    scale: tuple[float, float] = (0.2, 1.0),
+    flip: bool = True,
+    erase: float = 0.25,
+) -> Transform:
+    """Light, then TrivialAugment and random erasing.
+
+    scale, flip: as in light. erase: probability that a rectangle is blanked.
+    Source: Müller & Hutter 2021 (TrivialAugment), Zhong et al. 2020 (random erasing).
+    """
+    return v2.Compose([light(spec, scale, flip), v2.TrivialAugmentWide(), v2.RandomErasing(erase)])
+
+
+def _crop(spec: InputSpec, scale: tuple[float, float]) -> v2.Transform:
+    mode = InterpolationMode(spec.interpolation)
+    return v2.RandomResizedCrop(spec.size, tuple(scale), interpolation=mode, antialias=True)
+
+
+def seeded(transform: Transform, image: Tensor, seed: int) -> Tensor:
+    """transform(image) with torch's generator set to seed, and put back afterwards.
+
+    The augmentation of an image then depends on seed alone: not on the worker, the batch, or what
+    was drawn before it.
+    """
+    generator = torch.default_generator  # not torch.manual_seed: that also reaches for the GPU
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        return transform(image)
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,129 @@
+"""The one LightningDataModule: it feeds any dataset to any model."""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from finetune.data.base import ImageArray, LabelledImages, Splits
+from finetune.data.sampler import EpochBatches, stable_hash
+from finetune.data.transforms import Transform, seeded
+from finetune.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S), labels int64 (B,)
+
+
+class TransformedImages(Dataset[tuple[Tensor, int]]):
+    """One split, transformed; asked with (epoch, position) so that augmentation needs no state."""
+
+    def __init__(self, images: LabelledImages, transform: Transform, seed: int) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, where: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, position = where
+        image, label = self.images[position]
+        return seeded(self.transform, image, stable_hash(self.seed, epoch, position)), label
+
+
+class LazyLoader(DataLoader[Batch]):
+    """A DataLoader that asks its sampler when the first batch is drawn, not at iter().
+
+    Lightning calls iter() before the epoch's counters are set, and workers prefetch at once.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
+def collate(samples: list[tuple[Tensor, int]]) -> Batch:
+    """Stack images (B, 3, S, S) and labels (B,)."""
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class DataModule(L.LightningDataModule):
+    """Splits to batches. batch_size: per device. num_workers: None chooses from cores and data."""
+
+    def __init__(
+        self,
+        splits: Splits,
+        train_transform: Transform,
+        eval_transform: Transform,
+        batch_size: int,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.splits = splits
+        self.train_transform, self.eval_transform = train_transform, eval_transform
+        self.batch_size, self.seed = batch_size, seed
+        # images in memory are transformed faster than they are sent between processes
+        in_memory = isinstance(splits.train.images, ImageArray)
+        chosen = 0 if in_memory else min(8, usable_cores() - 1)
+        self.num_workers = chosen if num_workers is None else num_workers
+
+    def train_dataloader(self) -> LazyLoader:
+        """Shuffled by (seed, epoch), augmented by (seed, epoch, position)."""
+        return self._loader("train", self.splits.train, self.train_transform, shuffle=True)
+
+    def val_dataloader(self) -> LazyLoader:
+        """In order, without augmentation."""
+        assert self.splits.val is not None
+        return self._loader("val", self.splits.val, self.eval_transform)
+
+    def test_dataloader(self) -> LazyLoader:
+        """In order, without augmentation."""
+        assert self.splits.test is not None
+        return self._loader("test", self.splits.test, self.eval_transform)
+
+    def _loader(
+        self, name: str, images: LabelledImages, transform: Transform, shuffle: bool = False
+    ) -> LazyLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        needed = world_size * (2 if shuffle else 1)
+        if len(images) < needed:
+            raise DataError(
+                f"{name} has {len(images)} images, but {world_size} devices need at least {needed}; "
+                "fewer devices: trainer.devices=1"
+            )
+        sampler = EpochBatches(
+            len(images),
+            self.batch_size,
+            self.seed,
+            shuffle,
+            rank,
+            world_size,
+            self._where if shuffle else lambda: (0, 0),
+        )
+        options: dict[str, Any] = {}
+        if self.num_workers > 0:
+            options = {"persistent_workers": True, "prefetch_factor": 4}
+        return LazyLoader(
+            TransformedImages(images, transform, self.seed),
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _where(self) -> tuple[int, int]:
+        """Epoch and batch that the training loop will run next."""
+        assert self.trainer is not None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return self.trainer.current_epoch, progress.current.ready

@@ -1,0 +1,320 @@
+"""One run from its config to its run.json, in one process or in each of several ranks."""
+
+import logging
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+import finetune
+from finetune import build, checkpoint
+from finetune.callbacks import (
+    BestCheckpoint,
+    Interrupted,
+    Pictures,
+    StepCheckpoints,
+    StopSignals,
+    Throughput,
+    lower_is_better,
+    tensorboard,
+)
+from finetune.data.base import LabelledImages, Splits
+from finetune.datamodule import DataModule
+from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.record import Record
+from finetune.tasks.base import Task, parameter_counts
+from finetune.tasks.classification import per_class_accuracy
+
+log = logging.getLogger(__name__)
+
+# what a resume may change: none of it changes the arithmetic
+FREE_TO_CHANGE = ("num_workers", "logger", "checkpoint", "resume", "data.root", "data.download")
+
+
+def fit(cfg: DictConfig, run: Path, overrides: Sequence[str], why_model: str, rank: int = 0) -> None:
+    """Train, keep the best by val, test it once; all that is known goes to run/run.json.
+
+    Raises FinetuneError for a user's mistake, Interrupted after a signal.
+    """
+    quiet_libraries()
+    steps = StepCheckpoints(run, cfg.checkpoint.every_n_steps)
+    stop = StopSignals(steps)
+    record = None
+    try:
+        with stop.installed():
+            if rank == 0:
+                record = open_record(cfg, run)
+                if cfg.resume and record.facts["status"] == "finished":
+                    log.info("%s is finished already; nothing to do", run)
+                    return
+                record.update(status="running", error=None)
+            train_and_test(cfg, run, overrides, why_model, record, steps, stop)
+    except Interrupted as error:
+        if record:
+            record.update(status="interrupted", error=f"stopped by {error}")
+            log.warning("stopped by %s. To go on: python train.py resume=%s", error, run)
+        raise
+    except Exception as error:
+        if record:
+            message = str(error) if isinstance(error, FinetuneError) else f"{type(error).__name__}: {error}"
+            record.update(status="failed", error=message)
+        raise
+
+
+def train_and_test(
+    cfg: DictConfig,
+    run: Path,
+    overrides: Sequence[str],
+    why_model: str,
+    record: Record | None,
+    steps: StepCheckpoints,
+    stop: StopSignals,
+) -> None:
+    """The run itself. record: None on all ranks but the first."""
+    began = time.time()
+    splits = build.build_splits(cfg)
+    log.info("model: %s", why_model)
+    model = build.build_model(cfg, splits.classes)
+    budget = build.build_budget(cfg, len(splits.train))
+    task = build.build_task(cfg, model, budget)
+    task.freeze_what_never_trains()
+    trains, parameters = parameter_counts(model)
+    datamodule = build.build_datamodule(cfg, splits, model)
+    counts = {name: len(images) for name, images in named_splits(splits).items()}
+    log.info("data: %s, %d classes", ", ".join(f"{n} {c}" for n, c in counts.items()), len(splits.classes))
+    log.info("%s of %s parameters train", f"{trains:,}", f"{parameters:,}")
+    log.info(
+        "%d steps: %d epochs of %d, validated every %s",
+        budget.total_steps, budget.epochs, budget.steps_per_epoch,
+        "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs",
+    )  # fmt: skip
+    if record:
+        record.update(
+            data={
+                "classes": list(splits.classes),
+                "counts": {"train": 0, "val": 0, "test": 0} | counts,
+                "skipped": list(splits.skipped),
+            },
+            model={
+                **model.backbone.recipe,
+                "weights": cfg.model.get("weights"),
+                "parameters": parameters,
+                "trainable": trains,
+            },
+        )
+
+    resume_from, resumed_at = find_resume(cfg, run)
+    best, throughput = BestCheckpoint(run, cfg.monitor), Throughput()
+    callbacks: list[Callback] = [throughput, best, Pictures(best), steps, stop]
+    if cfg.patience is not None:
+        mode = "min" if lower_is_better(cfg.monitor) else "max"
+        callbacks.append(
+            EarlyStopping(cfg.monitor, patience=cfg.patience, mode=mode, check_finite=False)
+        )
+    if sys.stdout.isatty():
+        callbacks.append(RichProgressBar(leave=False))
+    loggers = build.build_loggers(cfg, run, resumed_at)
+    trainer = build.build_trainer(cfg, run, budget, callbacks, loggers)
+    if record:
+        record.update(device=device_name(trainer))
+
+    if budget.total_steps > 0:
+        trainer.fit(task, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+    if best.validated_step != trainer.global_step:  # max_steps ended within an epoch, or is 0
+        trainer.validate(task, datamodule=datamodule, verbose=False)
+    val, confusion = dict(best.best["metrics"]), best.confusion
+    test, shown = {}, "val"
+    if splits.test is None:
+        log.info("no test split: nothing is tested; val chose the best and is no fair estimate")
+    else:
+        task.model.load_state_dict(checkpoint.read(best.path).state_dict)
+        trainer.test(task, datamodule=datamodule, verbose=False)
+        test = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+        confusion, shown = task.confusion, "test"
+    if not record:
+        return
+    per_class = {}
+    if confusion is not None:
+        per_class = dict(zip(splits.classes, per_class_accuracy(confusion), strict=True))
+    write_hparams(trainer, cfg, overrides, test or val)
+    record.update(
+        best={k: best.best[k] for k in ("epoch", "step", "monitor", "value")}
+        | {"path": str(best.path.relative_to(run))},
+        val=val,
+        test=test,
+        per_class_accuracy={shown: per_class},
+        images_per_second=throughput.images_per_second,
+        seconds=time.time() - began,
+        time_to_first_step=throughput.first_step_at and throughput.first_step_at - finetune.STARTED,
+    )
+    record.update(status="finished")  # last: all before can be repeated
+    print_results(run, val, test, per_class, shown)
+
+
+def named_splits(splits: Splits) -> dict[str, LabelledImages]:
+    """The splits that there are."""
+    found = {"train": splits.train, "val": splits.val, "test": splits.test}
+    return {name: images for name, images in found.items() if images is not None}
+
+
+def open_record(cfg: DictConfig, run: Path) -> Record:
+    """Claim the run directory, or take up the one to resume."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    if cfg.resume:
+        if not (run / "run.json").exists():
+            log.info("%s was stopped before it began; starting from step 0", run)
+        else:
+            record = Record.read(run)
+            refuse_changes(record.facts["config"], config, run)
+            return record
+    return Record.create(
+        run,
+        {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "config": config,
+            "git": git_state(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "torchvision", "lightning", "finetune")},
+            },
+            "seed": cfg.seed,
+        },
+    )
+
+
+def refuse_changes(recorded: Any, config: Any, run: Path) -> None:
+    """Raise ConfigError that names each value that a resume would change."""
+    before, now = flat(recorded), flat(config)
+    changed = [
+        f"{key}: the run has {before.get(key)!r}, not {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume={run} would go on with another run: {'; '.join(changed)}. Leave these out, "
+            f"or start anew without resume="
+        )
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    return {
+        key: value
+        for name, child in config.items()
+        for key, value in flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def find_resume(cfg: DictConfig, run: Path) -> tuple[Path | None, int | None]:
+    """The newest step checkpoint that can be read, and its step."""
+    if not cfg.resume:
+        return None, None
+    for path in checkpoint.step_paths(run):
+        try:
+            step = int(checkpoint.load(path)["global_step"])
+        except (CheckpointError, KeyError) as error:
+            log.warning("%s is passed over: %s", path, error)
+            continue
+        log.info("resuming from %s", path)
+        return path, step
+    log.info("%s has no checkpoint to resume from; starting from step 0", run)
+    return None, 0
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the code that runs, and whether it was changed since; None outside of git."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name(trainer: L.Trainer) -> str:
+    """Such as '2 x NVIDIA H200' or 'cpu'."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
+
+
+def quiet_libraries() -> None:
+    """Leave out warnings about what is meant to be so."""
+    for message in (
+        "The '.*_dataloader' does not have many workers",  # chosen from cores and data
+        "The number of training batches .* is smaller than the logging interval",
+        "You're resuming from a checkpoint that ended before the epoch ended",  # ours goes on there
+        "Found .* module.* in eval mode at the start of training",  # a frozen layer is
+        "Experiment logs directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def write_hparams(
+    trainer: L.Trainer, cfg: DictConfig, overrides: Sequence[str], metrics: Mapping[str, float]
+) -> None:
+    """The HPARAMS tab: what was chosen, against what came out."""
+    writer = tensorboard(trainer)
+    if writer is None:
+        return
+    chosen = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o and o[0] != "~")
+    chosen.pop("resume", None)
+    shown = {"optimizer.lr": cfg.optimizer.lr, "batch_size": cfg.batch_size, "seed": cfg.seed}
+    writer.write_hparams({**shown, **{k: number(v) for k, v in chosen.items()}}, list(metrics))
+
+
+def number(text: str) -> float | str:
+    """A typed value as a number where it is one, so that TensorBoard can sort by it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def print_results(
+    run: Path,
+    val: Mapping[str, float],
+    test: Mapping[str, float],
+    per_class: Mapping[str, float | None],
+    split: str,
+) -> None:
+    """The closing table; at most 20 classes, the worst first where there are more."""
+    console = Console()
+    table = Table("metric", "val", *(["test"] if test else []))
+    for name in (key.removeprefix("val/") for key in val):
+        cells = [f"{val[f'val/{name}']:.4f}"]
+        table.add_row(name, *cells, *([f"{test[f'test/{name}']:.4f}"] if test else []))
+    console.print(table)
+    measured = [(name, value) for name, value in per_class.items() if value is not None]
+    if len(measured) > 20:
+        measured = sorted(measured, key=lambda item: item[1])[:20]
+        console.print(f"accuracy per class on {split}, the 20 worst of {len(per_class)}:")
+    else:
+        console.print(f"accuracy per class on {split}:")
+    console.print(", ".join(f"{name} {value:.2f}" for name, value in measured), highlight=False)
+    logs = "logs" if "logs" in run.parts or (run.parts and run.parts[0] == "logs") else str(run)
+    console.print(f"run: {run}", highlight=False, soft_wrap=True)
+    console.print(f"look: tensorboard --logdir {logs}", highlight=False, soft_wrap=True)

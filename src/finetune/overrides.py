@@ -1,0 +1,193 @@
+"""What was typed, held against conf/: every unknown group, option and key at once, without torch."""
+
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune.errors import ConfigError
+
+# the folder beside src/ in a checkout; the copy inside the package once it was built into a wheel
+CONF = next(
+    folder
+    for folder in (Path(__file__).parents[2] / "conf", Path(__file__).parent / "conf")
+    if folder.is_dir()
+)
+MOST_JOBS = 200  # of a sweep that are checked before it starts
+
+
+def asks_for_information(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for help or for the config, and runs nothing."""
+    args = get_args_parser().parse_args(list(arguments))
+    return bool(args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+
+
+def compose_jobs(command: str, arguments: Sequence[str]) -> list[DictConfig]:
+    """The config of every job that the arguments ask for: one, or those of a sweep.
+
+    Raises ConfigError that lists every override that does not parse, unknown group option and
+    unknown key.
+    """
+    args = get_args_parser().parse_args(list(arguments))
+    if args.config_name or args.config_path:
+        raise ConfigError("--config-name and --config-path are not for this command; see --help")
+    with initialize_config_dir(str(args.config_dir or CONF), version_base="1.3"):
+        pass  # raises early, with Hydra's own message, for a folder that does not exist
+    search_path = [] if args.config_dir is None else [f"hydra.searchpath=[{_quoted(args.config_dir)}]"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        typed, problems = _parse(args.overrides)
+        swept = [o.get_key_element() for o in typed if o.is_sweep_override()]
+        if swept and not args.multirun:
+            problems += [f"{key}: several values are a sweep; add -m" for key in swept]
+        groups = [o for o in typed if _is_group(o, command)]
+        problems += [p for o in groups for p in _unknown_options(o, command)]
+        if problems:
+            problems += _unknown_keys(command, typed, groups, search_path, tolerant=True)
+            raise ConfigError(_listed(problems))
+        problems = _unknown_keys(command, typed, groups, search_path, tolerant=False)
+        if problems:
+            raise ConfigError(_listed(problems))
+        try:
+            return [
+                compose(command, overrides=[*search_path, *job])
+                for job in itertools.islice(_jobs(typed), MOST_JOBS)
+            ]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_first_lines(error)) from error
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+    parser = OverridesParser.create()
+    typed, problems = [], []
+    for text in overrides:
+        try:
+            typed.append(parser.parse_override(text))
+        except OverrideParseException as error:
+            problems.append(f"{text}: not of the form key=value ({_first_lines(error)})")
+    return typed, problems
+
+
+def _is_group(override: Override, command: str) -> bool:
+    return bool(_options(override.key_or_group.lstrip("/"), command))
+
+
+def _options(group: str, command: str) -> list[str]:
+    loader = GlobalHydra.instance().config_loader()
+    options: list[str] = loader.get_group_options(
+        group, ObjectType.CONFIG, config_name=command, overrides=[]
+    )
+    return options
+
+
+def _values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_string_iterator()]
+    return [str(override.value())]
+
+
+def _unknown_options(override: Override, command: str) -> Iterator[str]:
+    if override.is_delete():
+        return
+    group = override.key_or_group.lstrip("/")
+    options = _options(group, command)
+    for value in _values(override):
+        if value not in options and value != "None":
+            yield (
+                f"{group}={value}: no such option in conf/{group}/; "
+                f"{_close(value, options) or 'there are: ' + ', '.join(options)}"
+            )
+
+
+def _unknown_keys(
+    command: str,
+    typed: list[Override],
+    groups: list[Override],
+    search_path: list[str],
+    tolerant: bool,
+) -> list[str]:
+    """Keys that no job's config has. tolerant: groups whose option is unknown are left out."""
+    if tolerant:
+        groups = [o for o in groups if not list(_unknown_options(o, command))]
+    group_keys = {id(o) for o in groups}
+    problems: dict[str, str] = {}
+    for job in itertools.islice(_jobs(groups), MOST_JOBS):
+        try:
+            cfg = compose(command, overrides=[*search_path, *job], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            return [] if tolerant else [_first_lines(error)]
+        known = sorted(_keys(cfg))
+        for override in typed:
+            key = override.key_or_group
+            if id(override) in group_keys or override.is_add() or override.is_force_add():
+                continue
+            if key in known or key.startswith("hydra.") or _is_group(override, command):
+                continue
+            choices = cfg.hydra.runtime.choices
+            place = f" with {key.split('.')[0]}={choices[key.split('.')[0]]}" if "." in key and key.split(".")[0] in choices else ""
+            problems[key] = f"{key}: no such key{place}; {_close(key, known) or 'see --help'}"
+    return list(problems.values())
+
+
+def _keys(cfg: DictConfig) -> Iterator[str]:
+    """Dotted keys of the config, those of groups and inner nodes included; without hydra.*."""
+    stack: list[tuple[str, DictConfig]] = [("", cfg)]
+    while stack:
+        prefix, node = stack.pop()
+        for key in node:
+            if not prefix and key == "hydra":
+                continue
+            yield f"{prefix}{key}"
+            if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node._get_node(key)):
+                if node[key] is not None:
+                    stack.append((f"{prefix}{key}.", node[key]))
+
+
+def _jobs(typed: Sequence[Override]) -> Iterator[list[str]]:
+    """The overrides of each job: the product of all sweeps, as Hydra's basic sweeper makes it."""
+    choices = []
+    for override in typed:
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line])
+    for job in itertools.product(*choices):
+        yield list(job)
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    last = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(name, known, n=3) or [
+        last[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=3)
+    ]
+    return f"close: {', '.join(close)}" if close else ""
+
+
+def _first_lines(error: BaseException) -> str:
+    """The message of a Hydra error without its search path and type listings."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = itertools.takewhile(
+        lambda line: not line.startswith(("full_key", "object_type", "Config search path", "See ")), lines
+    )
+    return " ".join(kept) or type(error).__name__
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _listed(problems: Sequence[str]) -> str:
+    unique = list(dict.fromkeys(problems))
+    if len(unique) == 1:
+        return unique[0]
+    return f"{len(unique)} mistakes in what was typed\n" + "\n".join(f"  {p}" for p in unique)

@@ -1,0 +1,39 @@
+"""One optimizer group per (layer, decays or not), from step 0 on, for every strategy."""
+
+from typing import Any
+
+from torch import nn
+
+from finetune.layers import layer_of_parameter
+from finetune.model import Classifier
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: biases, norms, class tokens and positions are spared.
+
+    Source: the habit of BERT, MAE and timm; norms and biases are the vectors.
+    """
+    return parameter.ndim > 1 and not name.endswith(("class_token", "cls_token", "pos_embedding", "pos_embed"))
+
+
+def param_groups(model: Classifier, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer: {params, layer, weight_decay, name}, from the stem to the head.
+
+    layer: as in a strategy, the head being the number of the backbone's layers.
+    """
+    layers = layer_of_parameter(model.backbone.net)
+    depth = model.depth
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.backbone.net.named_parameters():
+        groups.setdefault((layers[name], decays(name, parameter)), []).append(parameter)
+    for name, parameter in model.head.named_parameters():
+        groups.setdefault((depth, decays(name, parameter)), []).append(parameter)
+    return [
+        {
+            "params": groups[layer, decay],
+            "layer": layer,
+            "weight_decay": weight_decay if decay else 0.0,
+            "name": ("head" if layer == depth else f"layer{layer}") + ("" if decay else "_no_decay"),
+        }
+        for layer, decay in sorted(groups, key=lambda key: (key[0], not key[1]))
+    ]

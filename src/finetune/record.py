@@ -1,0 +1,55 @@
+"""run.json: what a run is, and how it stands. Whole at every moment."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import CheckpointError, ConfigError
+from finetune.files import write_json
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+NAME = "run.json"
+
+
+class Record:
+    """The run.json of one run directory."""
+
+    def __init__(self, run: Path, facts: dict[str, Any]) -> None:
+        self.path, self.facts = run / NAME, facts
+
+    @classmethod
+    def create(cls, run: Path, facts: dict[str, Any]) -> "Record":
+        """Claim a run directory. Raises ConfigError if it holds a run already."""
+        path = run / NAME
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            path.open("x").close()  # atomic: of two processes one gets it
+        except FileExistsError as error:
+            raise ConfigError(
+                f"{run} already holds a run. To go on with it: python train.py resume={run} "
+                "To start another: leave out hydra.run.dir, or name a new folder"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"hydra.run.dir: {run} cannot be written: {error}") from error
+        record = cls(run, {"status": "running", "error": None, **facts})
+        record.update()
+        return record
+
+    @classmethod
+    def read(cls, run: Path) -> "Record":
+        """Open the record of an earlier run. Raises CheckpointError if run is no run directory."""
+        if not run.is_dir():
+            raise CheckpointError(f"{run}: no such run directory. Runs lie below logs/")
+        try:
+            facts = json.loads((run / NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{run} is no run directory: {NAME} is missing or damaged ({error}). Give the folder "
+                "that train.py named at the end, such as logs/digits/tiny/2026-01-31_12-00-00"
+            ) from error
+        return cls(run, facts)
+
+    def update(self, **facts: Any) -> None:
+        """Set facts and write the file."""
+        self.facts.update(facts)
+        write_json(self.path, self.facts)

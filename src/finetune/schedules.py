@@ -1,0 +1,41 @@
+"""lr schedules: pure functions of the progress of a run, so that a resume needs no state."""
+
+import math
+
+
+def warm_up(step: int, warmup_steps: int) -> float:
+    """Linear from 1 / warmup_steps to 1.0, which is reached at step warmup_steps - 1."""
+    return 1.0 if step >= warmup_steps else (step + 1) / warmup_steps
+
+
+def progress(step: int, total: int, warmup_steps: int) -> float:
+    """Share of the steps after the warm-up that is done, in [0, 1]."""
+    return min(1.0, max(0.0, (step - warmup_steps) / max(1, total - warmup_steps)))
+
+
+def constant(step: int, total: int, warmup: float = 0.0) -> float:
+    """Factor on the lr: 1.0 after the warm-up.
+
+    step: from 0. total: steps of the whole run. warmup: share of total, in [0, 1).
+    """
+    return warm_up(step, round(warmup * total))
+
+
+def linear(step: int, total: int, warmup: float = 0.1, final: float = 0.0) -> float:
+    """Factor on the lr: straight from 1.0 down to final.
+
+    step: from 0. total: steps of the whole run. warmup: share of total, in [0, 1).
+    """
+    steps = round(warmup * total)
+    return warm_up(step, steps) * (1.0 - (1.0 - final) * progress(step, total, steps))
+
+
+def cosine(step: int, total: int, warmup: float = 0.1, final: float = 0.0) -> float:
+    """Factor on the lr: half a cosine from 1.0 down to final.
+
+    step: from 0. total: steps of the whole run. warmup: share of total, in [0, 1).
+    Source: Loshchilov & Hutter 2017, SGDR, without restarts.
+    """
+    steps = round(warmup * total)
+    factor = 0.5 * (1.0 + math.cos(math.pi * progress(step, total, steps)))
+    return warm_up(step, steps) * (final + (1.0 - final) * factor)

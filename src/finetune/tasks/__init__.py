@@ -1,0 +1,1 @@
+"""Tasks: what is optimised and measured. Lightning lives on this floor."""

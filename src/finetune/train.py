@@ -1,0 +1,48 @@
+"""The main job: fine-tune a model, keep the best by val, test it once."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from finetune import cli
+from finetune.errors import FinetuneError
+from finetune.overrides import CONF
+
+
+def main() -> NoReturn:
+    """Entry point of train.py."""
+    try:
+        if any(argument.startswith("resume=") for argument in sys.argv[1:]):
+            sys.argv[1:] = cli.with_recorded(sys.argv[1:])
+    except FinetuneError as error:
+        cli.fail(error)
+    cli.command("train", task)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def task(cfg: DictConfig) -> None:
+    """One job; several of them in a sweep."""
+    from finetune import launch  # late: imports torch
+
+    hydra_cfg = HydraConfig.get()
+    run = Path(hydra_cfg.runtime.output_dir)
+    overrides = list(hydra_cfg.overrides.task)
+    why = why_model(overrides, hydra_cfg.runtime.choices)
+    cli.guarded(overrides, run, lambda: launch.run(cfg, run, overrides, why))
+
+
+def why_model(overrides: Sequence[str], choices: Mapping[str, str]) -> str:
+    """Which model a run takes, and why."""
+    model, data = choices["model"], choices["data"]
+    if any(override.startswith("model=") for override in overrides):
+        return f"{model}, as asked for"
+    if choices.get("experiment"):
+        return f"{model}, with experiment={choices['experiment']}"
+    if model == "tiny":
+        return f"tiny, since no model= was given and it is made for the 8 x 8 images of data={data}"
+    return f"{model} with its pretrained weights, since no model= was given"
