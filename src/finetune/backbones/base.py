@@ -1,5 +1,7 @@
 """What every backbone is: (B, 3, H, W) images to (B, D) features, the classifier taken off."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -62,7 +64,8 @@ def check_size(net: nn.Module, size: int) -> None:
 
     It runs on meta tensors, which have shapes and no values, and costs no more than its layers.
     """
-    state = {name: tensor.to("meta") for name, tensor in net.state_dict().items()}
+    tensors = chain(net.named_parameters(), net.named_buffers())  # also those outside state_dict
+    state = {name: tensor.to("meta") for name, tensor in tensors}
     training = net.training
     try:
         functional_call(net.eval(), state, (torch.empty(2, 3, size, size, device="meta"),))

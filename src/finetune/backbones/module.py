@@ -18,18 +18,24 @@ def module(
     target: str,
     weights: str | None = None,
     input_size: int | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Backbone:
     """The class at a dotted path, called without arguments, its last Linear or Conv2d taken off.
 
     target: importable as from the working directory. weights: a file or None. input_size: pixels,
-    by default 224. mean, std: what the network was trained with, three values each.
+    by default 224. mean, std: what the network was trained with, three values each, by default
+    ImageNet's.
     """
     size = 224 if input_size is None else input_size
-    spec = InputSpec(size, size, _per_channel("mean", mean), _per_channel("std", std))
+    spec = InputSpec(
+        size,
+        size,
+        mean=IMAGENET_MEAN if mean is None else _per_channel("mean", mean),
+        std=IMAGENET_STD if std is None else _per_channel("std", std),
+    )
     if min(spec.std) <= 0:
-        raise ConfigError(f"model.std: must be positive, got {list(std)}")
+        raise ConfigError(f"model.std: must be positive, got {list(spec.std)}")
     net = _call(target)
     num_features, head = split_head(net)
     if weights is not None:
