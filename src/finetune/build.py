@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,10 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import checkpoint
-from finetune.backbones import FAMILIES
 from finetune.callbacks import WholeCheckpointIO
 from finetune.check import COMMON_DATA_KEYS
 from finetune.data import transforms
@@ -23,7 +22,7 @@ from finetune.data.base import Splits
 from finetune.data.sampler import batch_bounds
 from finetune.data.split import check_splits, cut_val, limit_train
 from finetune.datamodule import DataModule
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import ConfigError
 from finetune.loggers import MetricsFile
 from finetune.model import Classifier
 from finetune.tasks.base import Task
@@ -71,35 +70,6 @@ def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
     return Classifier(backbone, classes)
 
 
-def restore_model(path: Path, target: str | None = None) -> Classifier:
-    """The model of a best.ckpt, in eval mode.
-
-    target: dotted path of a user's own class; asked for again, since it is code and a checkpoint
-    is data.
-    """
-    saved = checkpoint.read(path)
-    recipe = dict(saved.backbone)
-    family = recipe.pop("family", None)
-    if family not in FAMILIES:
-        raise CheckpointError(f"{path}: unknown family of backbones '{family}'")
-    if family == "module":
-        if target is None:
-            raise CheckpointError(
-                f"{path} was trained on a class of your own, '{recipe.get('target')}', and what a "
-                f"checkpoint names is never run unasked; type model.target={recipe.get('target')}"
-            )
-        recipe["target"] = target
-    backbone = FAMILIES[family](**recipe, weights=None)
-    backbone.input_spec = saved.input_spec
-    model = Classifier(backbone, saved.classes)
-    try:
-        model.load_state_dict(saved.state_dict)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path} does not fit the {family} backbone {recipe}: {reason}") from error
-    return model.eval()
-
-
 def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> DataModule:
     """Splits as batches of what the model's weights expect."""
     return DataModule(
@@ -141,16 +111,16 @@ def build_task(cfg: DictConfig, model: Classifier, budget: Budget) -> Task:
 
 def build_loggers(cfg: DictConfig, run: Path, resumed_at: int | None) -> list[Logger]:
     """metrics.csv always, and what logger= asks for."""
-    loggers: list[Logger] = [MetricsFile(run, resumed_at)]
-    if cfg.get("logger"):
-        loggers.insert(0, instantiate(cfg.logger, _convert_="all")(run=run, resumed_at=resumed_at))
-    return loggers
+    chosen: Logger = instantiate(cfg.logger, _convert_="all")(run=run, resumed_at=resumed_at)
+    return [chosen] if isinstance(chosen, MetricsFile) else [chosen, MetricsFile(run, resumed_at)]
 
 
 def build_trainer(
     cfg: DictConfig, run: Path, budget: Budget, callbacks: list[Callback], loggers: list[Logger]
 ) -> L.Trainer:
     """Lightning's Trainer: device, precision and ranks are its own."""
+    if sys.stdout.isatty():  # elsewhere a line per validation tells how it goes
+        callbacks = [*callbacks, RichProgressBar(leave=False)]
     make: Callable[..., L.Trainer] = instantiate(cfg.trainer, _convert_="all")
     try:
         return make(
@@ -165,6 +135,7 @@ def build_trainer(
             num_sanity_val_steps=0,
             enable_checkpointing=False,  # ours are whole or absent, and hold what a reader needs
             enable_model_summary=False,
+            enable_progress_bar=sys.stdout.isatty(),
             use_distributed_sampler=False,  # ours repeats no image
         )
     except (ValueError, TypeError, RuntimeError) as error:  # MisconfigurationException among them

@@ -29,13 +29,16 @@ def check_all(jobs: Sequence[DictConfig]) -> None:
 
 def problems_of(cfg: DictConfig) -> Iterator[str]:
     """What is wrong in the config of one job, a line each."""
-    missing = {k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra.")}
+    missing = OmegaConf.missing_keys(cfg)
     yield from (f"{key} has no value; type {key}=..." for key in sorted(missing))
-    for group in sorted(str(key) for key in cfg if key != "hydra"):
+    seen: set[str] = set()  # keys of the wrong type: their range need not be told too
+    for group in sorted(str(key) for key in cfg):
         node = cfg._get_node(group)
         if OmegaConf.is_dict(node) and node.get("_target_"):
-            yield from _call_problems(group, node, missing)
-    yield from _range_problems(cfg)
+            for problem in _call_problems(group, node, missing):
+                seen.add(problem.split("=")[0])
+                yield problem
+    yield from (p for p in _range_problems(cfg) if p.split("=")[0] not in seen)
     if "trainer" in cfg:
         yield from _device_problems(cfg)
 
@@ -57,7 +60,7 @@ def _call_problems(group: str, node: DictConfig, missing: set[str]) -> Iterator[
         if key not in parameters:
             if not open_ended:
                 close = difflib.get_close_matches(str(key), list(parameters), n=3)
-                hint = ", ".join(f"{group}.{name}" for name in close) or ", ".join(parameters)
+                hint = ", ".join(f"{group}.{name}" for name in close or parameters)
                 yield f"{full}: {node._target_} has no such argument; close: {hint}"
         elif full not in missing and key in hints:
             value = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg := node[key]) else cfg

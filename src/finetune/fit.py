@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -64,7 +64,7 @@ def fit(cfg: DictConfig, run: Path, overrides: Sequence[str], why_model: str, ra
     except Interrupted as error:
         if record:
             record.update(status="interrupted", error=f"stopped by {error}")
-            log.warning("stopped by %s. To go on: python train.py resume=%s", error, run)
+            log.warning("stopped by %s. To go on: python train.py resume=%s", error, shown_path(run))
         raise
     except Exception as error:
         if record:
@@ -123,8 +123,6 @@ def train_and_test(
         callbacks.append(
             EarlyStopping(cfg.monitor, patience=cfg.patience, mode=mode, check_finite=False)
         )
-    if sys.stdout.isatty():
-        callbacks.append(RichProgressBar(leave=False))
     loggers = build.build_loggers(cfg, run, resumed_at)
     trainer = build.build_trainer(cfg, run, budget, callbacks, loggers)
     if record:
@@ -160,7 +158,9 @@ def train_and_test(
         time_to_first_step=throughput.first_step_at and throughput.first_step_at - finetune.STARTED,
     )
     record.update(status="finished")  # last: all before can be repeated
-    print_results(run, val, test, per_class, shown)
+    print_metrics({"val": val} | ({"test": test} if test else {}), per_class, shown)
+    log.info("run: %s", shown_path(run))
+    log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
 
 
 def named_splits(splits: Splits) -> dict[str, LabelledImages]:
@@ -268,7 +268,7 @@ def quiet_libraries() -> None:
         "The number of training batches .* is smaller than the logging interval",
         "You're resuming from a checkpoint that ended before the epoch ended",  # ours goes on there
         "Found .* module.* in eval mode at the start of training",  # a frozen layer is
-        "Experiment logs directory .* exists and is not empty",
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning 2.6.6 with torch 2.15
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -294,27 +294,34 @@ def number(text: str) -> float | str:
         return text
 
 
-def print_results(
-    run: Path,
-    val: Mapping[str, float],
-    test: Mapping[str, float],
-    per_class: Mapping[str, float | None],
-    split: str,
+def print_metrics(
+    splits: Mapping[str, Mapping[str, float]], per_class: Mapping[str, float | None], split: str
 ) -> None:
-    """The closing table; at most 20 classes, the worst first where there are more."""
+    """A table of metrics by split, and the accuracy of at most 20 classes, else the 20 worst.
+
+    splits: {"val": {"val/accuracy": ...}}. per_class, split: what the accuracies are measured on.
+    """
     console = Console()
-    table = Table("metric", "val", *(["test"] if test else []))
-    for name in (key.removeprefix("val/") for key in val):
-        cells = [f"{val[f'val/{name}']:.4f}"]
-        table.add_row(name, *cells, *([f"{test[f'test/{name}']:.4f}"] if test else []))
+    table = Table("metric", *splits)
+    first = next(iter(splits))
+    for name in sorted(key.removeprefix(f"{first}/") for key in splits[first]):
+        table.add_row(name, *(f"{values[f'{s}/{name}']:.4f}" for s, values in splits.items()))
     console.print(table)
     measured = [(name, value) for name, value in per_class.items() if value is not None]
+    title = f"accuracy per class on {split}"
     if len(measured) > 20:
         measured = sorted(measured, key=lambda item: item[1])[:20]
-        console.print(f"accuracy per class on {split}, the 20 worst of {len(per_class)}:")
-    else:
-        console.print(f"accuracy per class on {split}:")
-    console.print(", ".join(f"{name} {value:.2f}" for name, value in measured), highlight=False)
-    logs = "logs" if "logs" in run.parts or (run.parts and run.parts[0] == "logs") else str(run)
-    console.print(f"run: {run}", highlight=False, soft_wrap=True)
-    console.print(f"look: tensorboard --logdir {logs}", highlight=False, soft_wrap=True)
+        title += f", the 20 worst of {len(per_class)}"
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in measured)
+    console.print(f"{title}: {listed}", highlight=False, markup=False)
+
+
+def shown_path(run: Path) -> Path:
+    """As short as it can be typed: relative to here, if it lies below."""
+    return run.relative_to(Path.cwd()) if Path.cwd() in run.parents else run
+
+
+def tensorboard_folder(run: Path) -> Path:
+    """logs/ if the run lies in it, so that TensorBoard shows all runs; else the run itself."""
+    logs = Path.cwd() / "logs"
+    return Path("logs") if logs in run.absolute().parents else run

@@ -9,6 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from finetune.errors import ConfigError
+
 
 class TensorBoard(TensorBoardLogger):
     """Event files in the run directory itself. resumed_at: later points of an earlier try go."""
@@ -84,3 +86,15 @@ class MetricsFile(Logger):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["step", "metric", "value"])
             writer.writerows(row for row in rows if int(row[0]) < (self.resumed_at or 0))
+
+
+def wandb(run: Path, resumed_at: int | None, project: str, offline: bool) -> Logger:
+    """Weights & Biases, an extra. resumed_at: unused; a resume continues the same wandb run."""
+    try:
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(
+            project=project, offline=offline, save_dir=run, id=run.name, name=run.name, resume="allow"
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigError('logger=wandb needs wandb; type: pip install "finetune[wandb]"') from error

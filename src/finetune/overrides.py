@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -41,8 +41,6 @@ def compose_jobs(command: str, arguments: Sequence[str]) -> list[DictConfig]:
     args = get_args_parser().parse_args(list(arguments))
     if args.config_name or args.config_path:
         raise ConfigError("--config-name and --config-path are not for this command; see --help")
-    with initialize_config_dir(str(args.config_dir or CONF), version_base="1.3"):
-        pass  # raises early, with Hydra's own message, for a folder that does not exist
     search_path = [] if args.config_dir is None else [f"hydra.searchpath=[{_quoted(args.config_dir)}]"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         typed, problems = _parse(args.overrides)
@@ -72,7 +70,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     for text in overrides:
         try:
             typed.append(parser.parse_override(text))
-        except OverrideParseException as error:
+        except HydraException as error:
             problems.append(f"{text}: not of the form key=value ({_first_lines(error)})")
     return typed, problems
 

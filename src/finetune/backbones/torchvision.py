@@ -9,12 +9,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models import (  # type: ignore[attr-defined]
-    WeightsEnum,
-    get_model,
-    get_model_weights,
-    list_models,
-)
+from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from finetune.backbones.base import Backbone, Recipe, check_size, split_head

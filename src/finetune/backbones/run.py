@@ -1,0 +1,78 @@
+"""The backbone of an earlier run: what was learnt there is the pretraining here."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from finetune import checkpoint
+from finetune.backbones import FAMILIES
+from finetune.backbones.base import Backbone
+from finetune.checkpoint import Checkpoint
+from finetune.errors import CheckpointError, ConfigError
+
+
+def run(path: str, input_size: int | None = None, target: str | None = None) -> Backbone:
+    """Take the best backbone of the run directory path; its head stays behind.
+
+    input_size: pixels; None for that of the run. target: dotted path of the class, if the run was
+    one of model=module.
+    """
+    best = checkpoint.best_path(Path(path))
+    if not best.is_file():
+        raise CheckpointError(
+            f"model.path={path} is no run directory with weights: {best} is missing. Give the "
+            "folder that train.py named at the end"
+        )
+    saved = checkpoint.read(best)
+    backbone = rebuild(saved, best, target)
+    names = [name for name in saved.state_dict if name.startswith("backbone.")]
+    weights = {name.removeprefix("backbone."): saved.state_dict[name] for name in names}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise misfit(best, saved, error) from error
+    if input_size is not None:
+        backbone.input_spec = replace(saved.input_spec, size=input_size, resize=input_size)
+        _check_size(backbone, input_size)
+    return backbone
+
+
+def rebuild(saved: Checkpoint, path: Path, target: str | None) -> Backbone:
+    """The architecture of a checkpoint, without its weights: calls of our own functions only.
+
+    target: what a checkpoint names as a user's own class is never called; it is typed again.
+    """
+    recipe = dict(saved.backbone)
+    family = recipe.pop("family", None)
+    if family not in FAMILIES:
+        raise CheckpointError(f"{path}: unknown family of backbones '{family}'")
+    if family == "module":
+        if target is None:
+            raise CheckpointError(
+                f"{path} was trained with a class of your own, and what a checkpoint names is never "
+                f"run unasked; type model.target={recipe.get('target')}"
+            )
+        recipe["target"] = target
+    try:
+        backbone = FAMILIES[family](**recipe, weights=None)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {recipe} does not describe a {family} backbone") from error
+    backbone.input_spec = saved.input_spec
+    return backbone
+
+
+def misfit(path: Path, saved: Checkpoint, error: Exception) -> CheckpointError:
+    """The message for weights that do not fit what their checkpoint describes."""
+    reason = " ".join(str(error).split())[:300]
+    return CheckpointError(f"{path} does not fit its own backbone {saved.backbone}: {reason}")
+
+
+def _check_size(backbone: Backbone, size: int) -> None:
+    training = backbone.training
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:  # each architecture complains in its own way
+        raise ConfigError(f"model.input_size={size}: {error}") from error
+    backbone.train(training)

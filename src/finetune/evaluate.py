@@ -1,0 +1,79 @@
+"""Measure the best checkpoint of a run again, on its test or val split."""
+
+import logging
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from finetune import cli
+from finetune.overrides import CONF
+
+log = logging.getLogger(__name__)
+
+
+def main() -> NoReturn:
+    """Entry point of python -m finetune.evaluate."""
+    cli.command("evaluate", task)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
+def task(cfg: DictConfig) -> None:
+    """One evaluation."""
+    cli.guarded([f"run={cfg.run}"], Path(cfg.run), lambda: evaluate(cfg))
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Print a table and write metrics.json. Raises FinetuneError for a user's mistake."""
+    from finetune import build, fit  # late: imports torch
+    from finetune.errors import ConfigError, DataError
+    from finetune.files import write_json
+    from finetune.restore import compose_run, load
+    from finetune.tasks.classification import per_class_accuracy
+
+    fit.quiet_libraries()
+    run = Path(cfg.run)
+    model = load(run, cfg.target).model
+    typed = {
+        "data.root": cfg.data.root,
+        "data.table": cfg.data.table,
+        "batch_size": cfg.batch_size,
+        "num_workers": cfg.num_workers,
+        "trainer": "default",
+        "trainer.accelerator": cfg.trainer.accelerator,
+        "trainer.devices": cfg.trainer.devices,
+        "trainer.precision": cfg.trainer.precision,
+    }
+    overrides = [f"{k}={cli.quoted(str(v))}" for k, v in typed.items() if v is not None]
+    run_cfg = compose_run(run, overrides)
+    splits = build.build_splits(run_cfg)
+    images = fit.named_splits(splits).get(cfg.split)
+    if images is None:
+        raise DataError(f"split={cfg.split}: this data has no {cfg.split} split; type split=val")
+    if splits.classes != model.classes:
+        raise DataError(
+            f"the classes of this data are not those of the run: {', '.join(splits.classes[:5])}, ... "
+            f"instead of {', '.join(model.classes[:5])}, ..."
+        )
+    budget = build.build_budget(run_cfg, len(splits.train))
+    task = build.build_task(run_cfg, model, budget)
+    datamodule = build.build_datamodule(run_cfg, splits, model)
+    trainer = build.build_trainer(run_cfg, run, budget, callbacks=[], loggers=[])
+    measure = trainer.test if cfg.split == "test" else trainer.validate
+    measure(task, datamodule=datamodule, verbose=False)
+    values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    assert task.confusion is not None
+    per_class = dict(zip(model.classes, per_class_accuracy(task.confusion), strict=True))
+    target = Path(cfg.output or run) / "metrics.json"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, {"split": cfg.split, "images": len(images), **values, "per_class": per_class})
+    except OSError as error:
+        raise ConfigError(f"output: {target} cannot be written: {error}") from error
+    fit.print_metrics({cfg.split: values}, per_class, cfg.split)
+    log.info("%d images of %s; written to %s", len(images), cfg.split, target)
+
+
+if __name__ == "__main__":
+    main()

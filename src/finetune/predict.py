@@ -1,0 +1,138 @@
+"""Classify images with the best checkpoint of a run."""
+
+import csv
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from finetune import cli
+from finetune.overrides import CONF
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from finetune.data.transforms import Transform
+
+log = logging.getLogger(__name__)
+
+
+def main() -> NoReturn:
+    """Entry point of python -m finetune.predict."""
+    cli.command("predict", task)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="predict")
+def task(cfg: DictConfig) -> None:
+    """One prediction."""
+    cli.guarded([f"run={cfg.run}"], Path(cfg.run), lambda: predict(cfg))
+
+
+def predict(cfg: DictConfig) -> None:
+    """Write predictions.csv: path, class, probability, top5; a row per image that can be read.
+
+    Raises FinetuneError for a user's mistake; with strict=true also if a file cannot be read.
+    """
+    import torch  # late: --help must not wait for it
+    from torch.utils.data import DataLoader
+
+    from finetune.datamodule import usable_cores
+    from finetune.errors import ConfigError, DataError
+    from finetune.files import write_whole
+    from finetune.restore import load
+
+    model, transform, classes = load(cfg.run, cfg.target)
+    paths = list(images_below(Path(cfg.input)))
+    output = Path(cfg.output)
+    if output.is_dir():
+        output = output / "predictions.csv"
+    gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
+    if cfg.accelerator in ("gpu", "cuda") and not gpu:
+        raise ConfigError(f"accelerator={cfg.accelerator}: this machine has no GPU that torch can use")
+    device = torch.device("cuda" if gpu else "cpu")
+    model.to(device)
+    workers = min(8, usable_cores() - 1) if cfg.num_workers is None else cfg.num_workers
+    loader: DataLoader[object] = DataLoader(
+        ReadableImages(paths, transform),
+        batch_size=cfg.batch_size,
+        num_workers=workers if len(paths) > cfg.batch_size else 0,
+        collate_fn=list,
+    )
+    rows, unreadable = [["path", "class", "probability", "top5"]], []
+    with torch.inference_mode():
+        for batch in loader:
+            unreadable += [(path, image) for path, image in batch if isinstance(image, str)]
+            good = [(path, image) for path, image in batch if not isinstance(image, str)]
+            if not good:
+                continue
+            logits = model(torch.stack([image for _, image in good]).to(device))
+            top, labels = logits.float().softmax(1).topk(min(5, len(classes)))
+            for (path, _), shares, best in zip(good, top.tolist(), labels.tolist(), strict=True):
+                named = [f"{classes[k]}:{share:.4f}" for k, share in zip(best, shares, strict=True)]
+                rows.append([path, classes[best[0]], f"{shares[0]:.4f}", " ".join(named)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, lambda file: file.write(content) and None)
+    except OSError as error:
+        raise ConfigError(f"output: {output} cannot be written: {error}") from error
+    log.info("%d images classified; written to %s", len(rows) - 1, output)
+    if unreadable:
+        listed = "\n".join(f"  {why}" for _, why in unreadable)
+        message = f"{len(unreadable)} of {len(paths)} files could not be read:\n{listed}"
+        if cfg.strict:
+            raise DataError(message)
+        log.warning("%s", message)
+
+
+class ReadableImages:
+    """(path, image) for each path, image uint8 (3, S, S); the reason as text if it cannot be read."""
+
+    def __init__(self, paths: list[str], transform: "Transform") -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> "tuple[str, Tensor | str]":
+        from finetune.data.read import read_image
+        from finetune.errors import DataError
+
+        path = self.paths[index]
+        try:
+            return path, self.transform(read_image(Path(path)))
+        except DataError as error:
+            return path, str(error)
+
+
+def images_below(source: Path) -> Iterator[str]:
+    """A file itself, whatever its suffix; the images in a folder and its folders, in order."""
+    from finetune.data.read import IMAGE_SUFFIXES
+    from finetune.errors import DataError
+
+    if source.is_file():
+        yield str(source)
+        return
+    if not source.is_dir():
+        raise DataError(f"input={source}: no such file or folder")
+    found = False
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        for name in sorted(names):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                found = True
+                yield os.path.join(folder, name)  # noqa: PTH118 - keeps './' and odd bytes as typed
+    if not found:
+        raise DataError(f"input={source}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Back from a run directory: its model, its transform, its classes, its data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra import compose
+from omegaconf import DictConfig
+
+from finetune import checkpoint
+from finetune.backbones.run import misfit, rebuild
+from finetune.cli import recorded_overrides
+from finetune.data import transforms
+from finetune.data.transforms import Transform
+from finetune.errors import CheckpointError
+from finetune.model import Classifier
+from finetune.record import Record
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to use: model(transform(image).unsqueeze(0)) gives logits (1, K)."""
+
+    model: Classifier
+    transform: Transform
+    classes: tuple[str, ...]
+
+
+def load(run: str | Path, target: str | None = None) -> Loaded:
+    """Load the best model of a run, in eval mode, on the CPU.
+
+    transform: uint8 (3, H, W) of any size, or a PIL image, to uint8 (3, S, S).
+    target: dotted path of your class, for a run of model=module.
+    Raises CheckpointError if run is no run directory or its checkpoint is damaged.
+    """
+    run = Path(run)
+    Record.read(run)  # says what a run directory is, if this is none
+    path = checkpoint.best_path(run)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{run} has no best checkpoint yet: {path} is missing. "
+            f"Go on with it: python train.py resume={run}"
+        )
+    saved = checkpoint.read(path)
+    model = Classifier(rebuild(saved, path, target), saved.classes)
+    try:
+        model.load_state_dict(saved.state_dict)
+    except RuntimeError as error:
+        raise misfit(path, saved, error) from error
+    return Loaded(model.eval(), transforms.evaluation(saved.input_spec), saved.classes)
+
+
+def compose_run(run: Path, overrides: Sequence[str]) -> DictConfig:
+    """The config that a run was started with, and overrides on top; within a Hydra command."""
+    recorded = [o for o in recorded_overrides(run) if not o.startswith("resume=")]
+    keys = {o.split("=", 1)[0] for o in overrides}
+    kept = [o for o in recorded if o.split("=", 1)[0].lstrip("+") not in keys]
+    return compose("train", overrides=[*kept, *overrides])
