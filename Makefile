@@ -33,8 +33,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(MAKE) --no-print-directory $$(if [ -e .venv/cpu ]; then echo setup-cpu; else echo setup-locked; fi)
 
 setup-locked: venv
-	@echo 'Installing into .venv: on Linux a download of 3.2 GB (CUDA included), 6 GB on disk, some minutes.'
-	@echo 'No GPU? Stop this and see make setup-cpu.'
+	@if [ -e $(INSTALLED) ]; then echo 'Updating .venv'; else \
+	  echo 'Installing into .venv: on Linux a download of 3.2 GB (CUDA included), 6 GB on disk, some minutes.'; \
+	  echo 'No GPU? Stop this and see make help, setup-cpu.'; fi
 	@rm -f $(INSTALLED)
 	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > .venv/build.txt
 	@$(BIN)/python -m pip install --quiet --require-hashes -r .venv/build.txt
@@ -53,7 +54,7 @@ setup-cpu: venv
 	@touch $(INSTALLED)
 
 venv:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	@[ -x $(BIN)/pip ] || $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo '$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: make setup PYTHON=python3.13' >&2; exit 1; }
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv --clear .venv
 
