@@ -1,5 +1,6 @@
 """Letters drawn from fonts: a source task for the digits that needs no download."""
 
+import functools
 import importlib.util
 import string
 from pathlib import Path
@@ -25,15 +26,16 @@ _FONTS = [
 _STROKES = (0, 2, 4)  # pixels added to each side of a line, of _GLYPH_SIZE
 _GLYPH_SIZE = 64
 _BITMAP_SIZE = 32
+_WARP = 0.1  # SD of the bends, in half widths of the bitmap: as a hand is not a font
 
 
 def letters(num_images: int = 20000, seed: int = 0) -> Splits:
     """A-Z and a-z, 8 x 8 grey, made as the digits were: 4 x 4 block means of a 32 x 32 bitmap.
 
-    Each glyph fills its box, as the digits do, so that C and c differ by their form at most.
-    Font, stroke width, rotation, shear, scale and shift are drawn by seed. num_images: of all
-    splits together; 80 % train, 10 % val, 10 % test. Source of the fonts: dejavu-fonts.github.io,
-    as matplotlib ships them.
+    Each glyph fills its box, as the digits do, so C and c differ by their form at most. Font,
+    stroke width, rotation, shear, scale, shift and a smooth warp are drawn by seed.
+    num_images: of all splits together; 80 % train, 10 % val, 10 % test.
+    Source of the fonts: dejavu-fonts.github.io, in matplotlib's copy.
     """
     classes = tuple(string.ascii_uppercase + string.ascii_lowercase)
     if num_images < 10 * len(classes):
@@ -45,11 +47,12 @@ def letters(num_images: int = 20000, seed: int = 0) -> Splits:
     labels = torch.arange(num_images) % len(classes)
     variants = torch.randint(glyphs.shape[1], (num_images,), generator=generator)
     affine = _random_affine(num_images, generator)
+    warp = _WARP * torch.randn(num_images, 2, 4, 4, generator=generator)
     chunks = [
-        _bitmap(glyphs[labels[chosen], variants[chosen]], affine[chosen])
-        for chosen in torch.arange(num_images).split(2000)
+        _drawn(glyphs[labels[i], variants[i]], affine[i], warp[i])
+        for i in torch.arange(num_images).split(2000)
     ]
-    array = (255 * F.avg_pool2d(torch.cat(chunks), 4)).round().to(torch.uint8)
+    array = torch.cat(chunks)
     whole = LabelledImages.of(ImageArray(array), labels.tolist())
     first, second = int(0.8 * num_images), int(0.9 * num_images)
     return Splits(
@@ -76,24 +79,25 @@ def _random_affine(num_images: int, generator: torch.Generator) -> Tensor:
     return torch.stack(rows).permute(2, 0, 1)
 
 
-def _bitmap(glyphs: Tensor, affine: Tensor) -> Tensor:
-    """(N, 1, 32, 32) of 0 and 1, from glyphs (N, H, W) within 0 to 1."""
-    grid = F.affine_grid(
-        affine, [len(glyphs), 1, _BITMAP_SIZE, _BITMAP_SIZE], align_corners=False
-    )
-    drawn = F.grid_sample(glyphs[:, None], grid, align_corners=False)
-    return (drawn > 0.5).float()
+def _drawn(glyphs: Tensor, affine: Tensor, warp: Tensor) -> Tensor:
+    """uint8 (N, 1, 8, 8). glyphs: uint8 (N, H, W). warp: bends of a coarse grid, (N, 2, 4, 4)."""
+    size = (_BITMAP_SIZE, _BITMAP_SIZE)
+    places = F.affine_grid(affine, [len(glyphs), 1, *size], align_corners=False)
+    places += F.interpolate(warp, size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    bitmaps = F.grid_sample(glyphs[:, None].float(), places, align_corners=False) > 127
+    return (255 * F.avg_pool2d(bitmaps.float(), 4)).round().to(torch.uint8)
 
 
+@functools.cache
 def _glyphs(letters: tuple[str, ...]) -> Tensor:
-    """(K, V, H, W) within 0 to 1: each letter in each font and stroke width, filling its box."""
+    """uint8 (K, V, H, W): each letter in each font and stroke width, filling its box."""
     folder = _font_folder()
     fonts = [ImageFont.truetype(str(folder / name), _GLYPH_SIZE) for name in _FONTS]
     drawn = [
         [_glyph(letter, font, stroke) for font in fonts for stroke in _STROKES]
         for letter in letters
     ]
-    return torch.from_numpy(np.array(drawn, dtype=np.float32) / 255)
+    return torch.from_numpy(np.array(drawn))
 
 
 def _glyph(letter: str, font: ImageFont.FreeTypeFont, stroke: int) -> np.ndarray:
