@@ -116,10 +116,10 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
 
     try:
         return create_model(name, num_classes=0, **arguments)
-    except (AssertionError, TypeError, ValueError) as error:  # how models refuse a size
-        if not arguments:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if "img_size" not in arguments:
             raise
-        size = arguments["img_size"]
+        size = arguments["img_size"]  # each architecture refuses a size in its own way
         raise ConfigError(f"model.input_size: {name} cannot take {size}: {error}") from error
 
 
