@@ -55,7 +55,7 @@ class Budget:
 
 def build_splits(cfg: DictConfig) -> Splits:
     """The dataset, checked, with a val split, and train limited as asked."""
-    node = OmegaConf.to_container(cfg.data, resolve=True)
+    node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     common = {key: node.pop(key) for key in COMMON_DATA_KEYS if key in node}
     splits: Splits = instantiate(node, _convert_="all")
     splits = cut_val(splits, seed=node.get("split_seed", 0))
@@ -90,7 +90,8 @@ def build_budget(cfg: DictConfig, num_images: int) -> Budget:
     wanted = LEAST_STEPS if cfg.max_steps is None else cfg.max_steps
     epochs = cfg.epochs
     if epochs is None:
-        epochs = math.ceil(wanted / steps) if cfg.max_steps else max(LEAST_EPOCHS, math.ceil(wanted / steps))
+        needed = math.ceil(wanted / steps)
+        epochs = needed if cfg.max_steps else max(LEAST_EPOCHS, needed)
     return Budget(epochs, steps, cfg.max_steps)
 
 

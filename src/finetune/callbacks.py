@@ -42,7 +42,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return load(Path(path))
 
 
-
 def lower_is_better(monitor: str) -> bool:
     """Whether a metric of this name is minimised."""
     return monitor.rsplit("/", 1)[-1] in ("loss", "ece")
@@ -91,7 +90,7 @@ class BestCheckpoint(Callback):
             "value": value,
             "metrics": metrics,
         }
-        self.confusion = pl_module.confusion.cpu() if pl_module.confusion is not None else None
+        self.confusion = pl_module.last_confusion
         # every rank takes part: under FSDP each holds a part of the weights
         state = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
@@ -102,7 +101,8 @@ def write_best(
     path: Path, model: Classifier, state: dict[str, Tensor], best: dict[str, Any]
 ) -> None:
     """Write best.ckpt. state: of the task, whose model's names start with 'model.'."""
-    weights = {k.removeprefix("model."): v.cpu() for k, v in state.items() if k.startswith("model.")}
+    names = [name for name in state if name.startswith("model.")]
+    weights = {name.removeprefix("model."): state[name].cpu() for name in names}
     checkpoint.write(
         path,
         checkpoint.Checkpoint(
@@ -135,7 +135,8 @@ class StepCheckpoints(Callback):
     ) -> None:
         """Save in the middle of an epoch, at an optimizer step."""
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and may_save_here(trainer, batch_idx) and step != self.saved_step:
+        due = step % self.every_n_steps == 0 and step != self.saved_step
+        if due and may_save_here(trainer, batch_idx):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -147,9 +148,9 @@ class StepCheckpoints(Callback):
 
 
 def may_save_here(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a resume from after this batch continues as the run would have: not in the middle
+    """Whether a resume from after this batch goes on as the run would have.
 
-    of an accumulation, and not at the last batch, after which the epoch's end is still due.
+    Not in the middle of an accumulation, and not at the last batch: the epoch's end is still due.
     """
     last = batch_idx + 1 >= trainer.num_training_batches
     return not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -248,7 +249,7 @@ class Throughput(Callback):
             self.images += len(batch[1]) * trainer.world_size
             self.seconds += now - self._last
         self._last = now
-        if self.images_per_second and trainer.global_step % trainer.log_every_n_steps == 0:
+        if self.images_per_second and pl_module.logs_this_step():
             pl_module.log("time/images_per_second", self.images_per_second, rank_zero_only=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -269,10 +270,9 @@ class Pictures(Callback):
             return
         from torchvision.utils import make_grid
 
-        assert isinstance(datamodule := trainer.datamodule, DataModule)  # type: ignore[attr-defined]
-        loader = datamodule.train_dataloader()
-        chosen = next(iter(loader.batch_sampler))[:32]
-        images = torch.stack([loader.dataset[where][0] for where in chosen])
+        datamodule = trainer.datamodule  # type: ignore[attr-defined] # not in its annotations
+        assert isinstance(datamodule, DataModule)
+        images = datamodule.first_training_images(32)
         if images.shape[-1] < 64:  # a browser blurs what it enlarges itself
             images = images.repeat_interleave(4, -1).repeat_interleave(4, -2)
         writer.experiment.add_image("train/augmented", make_grid(images, nrow=8), 0)

@@ -1,4 +1,4 @@
-"""A config against the signatures it will call and the values that make sense: all faults at once."""
+"""A config against the signatures it will call and the ranges of its values: all at once."""
 
 import difflib
 import inspect
@@ -23,8 +23,8 @@ def check_all(jobs: Sequence[DictConfig]) -> None:
     problems = list(dict.fromkeys(problem for cfg in jobs for problem in problems_of(cfg)))
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        one = problems[0]
-        raise ConfigError(one if len(problems) == 1 else f"{len(problems)} values cannot work\n{listed}")
+        one, several = problems[0], f"{len(problems)} values cannot work\n{listed}"
+        raise ConfigError(one if len(problems) == 1 else several)
 
 
 def problems_of(cfg: DictConfig) -> Iterator[str]:
@@ -33,8 +33,8 @@ def problems_of(cfg: DictConfig) -> Iterator[str]:
     yield from (f"{key} has no value; type {key}=..." for key in sorted(missing))
     seen: set[str] = set()  # keys of the wrong type: their range need not be told too
     for group in sorted(str(key) for key in cfg):
-        node = cfg._get_node(group)
-        if OmegaConf.is_dict(node) and node.get("_target_"):
+        node = cfg[group] if not OmegaConf.is_missing(cfg, group) else None
+        if isinstance(node, DictConfig) and node.get("_target_"):
             for problem in _call_problems(group, node, missing):
                 seen.add(problem.split("=")[0])
                 yield problem
@@ -53,17 +53,19 @@ def _call_problems(group: str, node: DictConfig, missing: set[str]) -> Iterator[
     parameters = inspect.signature(target).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     hints = _hints(target)
-    for key in node:
+    for key in map(str, node):
         if key in HYDRA_KEYS or (group == "data" and key in COMMON_DATA_KEYS):
             continue
         full = f"{group}.{key}"
         if key not in parameters:
             if not open_ended:
-                close = difflib.get_close_matches(str(key), list(parameters), n=3)
+                close = difflib.get_close_matches(key, list(parameters), n=3)
                 hint = ", ".join(f"{group}.{name}" for name in close or parameters)
                 yield f"{full}: {node._target_} has no such argument; close: {hint}"
         elif full not in missing and key in hints:
-            value = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg := node[key]) else cfg
+            value = node[key]
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
             if not fits(value, hints[key]):
                 yield f"{full}={value!r}: must be {spelled(hints[key])}"
 
@@ -99,9 +101,7 @@ def fits(value: Any, hint: Any) -> bool:
         if origin is tuple and arguments and arguments[-1] is not Ellipsis:
             return len(value) == len(arguments) and all(map(fits, value, arguments))
         return all(fits(item, arguments[0]) for item in value) if arguments else True
-    if inspect.isclass(hint) and hint.__module__ != "builtins" and hint is not Any:
-        return False  # a runtime object, which YAML cannot give
-    return True
+    return not _is_runtime_class(hint)
 
 
 def spelled(hint: Any) -> str:
@@ -116,12 +116,13 @@ def spelled(hint: Any) -> str:
         return "[" + ", ".join(spelled(a) for a in arguments) + "]"
     if origin is list:
         return "a list of " + " or ".join(spelled(a) for a in arguments)
-    names = {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return "null" if hint is type(None) else names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _is_runtime_class(hint: Any) -> bool:
-    return inspect.isclass(hint) and hint.__module__ != "builtins"
+    """A class of which YAML cannot give an instance."""
+    return inspect.isclass(hint) and hint.__module__ != "builtins" and hint is not Any
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -129,11 +130,14 @@ def _whole(least: int) -> Callable[[Any], bool]:
 
 
 def _number(test: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and test(v)
+    def allowed(v: Any) -> bool:
+        is_number = isinstance(v, int | float) and not isinstance(v, bool)
+        return is_number and math.isfinite(v) and test(v)
+
+    return allowed
 
 
-def _share(test: Callable[[float], bool] = lambda v: 0 <= v <= 1) -> Callable[[Any], bool]:
-    return _number(test)
+SHARE = _number(lambda v: 0 <= v <= 1)
 
 
 # key, whether null may stand, test, what is allowed
@@ -157,11 +161,12 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("optimizer.lr", False, _number(lambda v: v > 0), "a number above 0"),
     ("optimizer.momentum", False, _number(lambda v: 0 <= v < 1), "a number from 0, below 1"),
     ("optimizer.weight_decay", False, _number(lambda v: v >= 0), "a number from 0"),
-    ("schedule.warmup", False, _number(lambda v: 0 <= v < 1), "a share of the steps: from 0, below 1"),
-    ("schedule.final", False, _share(), "a share of the base lr: from 0 to 1"),
+    ("schedule.warmup", False, _number(lambda v: 0 <= v < 1),
+     "a share of the steps, from 0, below 1"),
+    ("schedule.final", False, SHARE, "a share of the base lr: from 0 to 1"),
     ("augment.scale", False, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
      "two shares of the area, 0 < least <= most <= 1"),
-    ("augment.erase", False, _share(), "a probability, from 0 to 1"),
+    ("augment.erase", False, SHARE, "a probability, from 0 to 1"),
     ("trainer.accumulate_grad_batches", False, _whole(1), "a whole number from 1"),
     ("trainer.gradient_clip_val", True, _number(lambda v: v > 0), "a number above 0, or null"),
     ("trainer.log_every_n_steps", False, _whole(1), "a whole number from 1"),
@@ -195,14 +200,13 @@ def _device_problems(cfg: DictConfig) -> Iterator[str]:
     accelerator, devices = cfg.trainer.get("accelerator", "auto"), cfg.trainer.get("devices", 1)
     gpus = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda") and gpus == 0:
-        yield f"trainer.accelerator={accelerator}: this machine has no GPU that torch can use; type cpu"
+        yield f"trainer.accelerator={accelerator}: no GPU that torch can use; type cpu"
         return
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
     available, kind = (gpus, "GPUs") if on_gpu else (usable_cores(), "CPU cores")
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
         return
-    if isinstance(devices, int) and not isinstance(devices, bool):
-        if devices == 0 or devices < -1 or devices > available:
-            yield f"trainer.devices={devices}: there are {available} {kind} here; type 1 to {available}"
+    if isinstance(devices, int) and (devices == 0 or devices < -1 or devices > available):
+        yield f"trainer.devices={devices}: there are {available} {kind} here; type 1 to {available}"
     if cfg.trainer.get("strategy") == "fsdp" and not on_gpu:
         yield "trainer.strategy=fsdp: needs GPUs; on the CPU there is trainer=ddp_cpu"

@@ -1,7 +1,6 @@
 """From a command line to a job and an exit code: the one place that prints a user's mistakes."""
 
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -9,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from omegaconf import OmegaConf
-
-from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.errors import FinetuneError
 from finetune.overrides import asks_for_information, compose_jobs
 
 log = logging.getLogger(__name__)
@@ -78,52 +75,8 @@ def fail(error: FinetuneError) -> NoReturn:
     sys.exit(1)
 
 
-def with_recorded(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a resume: what the run was started with, then what is typed now."""
-    typed = [a for a in arguments if not a.startswith("resume=")]
-    run = Path(next(a for a in arguments if a.startswith("resume=")).removeprefix("resume="))
-    if any(a in ("-m", "--multirun") for a in typed):
-        raise ConfigError("resume= goes on with one run; leave out -m")
-    recorded = recorded_overrides(run)
-    keys = {_key(argument) for argument in typed}
-    return [
-        *(override for override in recorded if _key(override) not in keys),
-        *typed,
-        f"resume={quoted(str(run))}",
-        f"hydra.run.dir={quoted(str(run))}",
-        "hydra.output_subdir=null",  # what the run was started with stays as it is
-    ]
-
-
-def recorded_overrides(run: Path) -> list[str]:
-    """What a run was started with. Raises CheckpointError if run is no run directory."""
-    path = run / ".hydra" / "overrides.yaml"
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run directory. Runs lie below logs/")
-    try:
-        recorded = [str(o) for o in OmegaConf.to_container(OmegaConf.load(path)) or []]
-    except Exception as error:
-        raise CheckpointError(f"{run} is no run directory: {path} cannot be read ({error})") from error
-    # a run directory is data: what it names is never called
-    if code := [o for o in recorded if "_target_" in o]:
-        raise CheckpointError(f"{path} asks for code to be called, which is refused: {', '.join(code)}")
-    return recorded
-
-
-def quoted(value: str) -> str:
-    """A value for Hydra's override grammar, whatever characters it holds."""
-    if re.fullmatch(r"[\w./:+-]+", value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _key(override: str) -> str:
-    return override.split("=", 1)[0].lstrip("+~")
-
-
-
 class ConsoleHandler(logging.Handler):
-    """Errors to stderr, the rest to stdout: the streams of the moment, which a progress bar wraps."""
+    """Errors to stderr, the rest to stdout, as they are then: a progress bar wraps them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""

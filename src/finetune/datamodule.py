@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.base import ImageArray, LabelledImages, Splits
-from finetune.data.sampler import EpochBatches, stable_hash
+from finetune.data.sampler import EpochBatches, epoch_order, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
 
@@ -35,13 +35,13 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return seeded(self.transform, image, stable_hash(self.seed, epoch, position)), label
 
 
-class LazyLoader(DataLoader[Batch]):
+class LazyLoader(DataLoader[tuple[Tensor, int]]):
     """A DataLoader that asks its sampler when the first batch is drawn, not at iter().
 
     Lightning calls iter() before the epoch's counters are set, and workers prefetch at once.
     """
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
         yield from super().__iter__()
 
 
@@ -91,15 +91,22 @@ class DataModule(L.LightningDataModule):
         assert self.splits.test is not None
         return self._loader("test", self.splits.test, self.eval_transform)
 
+    def first_training_images(self, most: int) -> Tensor:
+        """The first augmented images of the run, uint8 (N, 3, S, S): to look at."""
+        order = epoch_order(len(self.splits.train), self.seed, epoch=0)[:most]
+        images = TransformedImages(self.splits.train, self.train_transform, self.seed)
+        return torch.stack([images[0, position][0] for position in order])
+
     def _loader(
         self, name: str, images: LabelledImages, transform: Transform, shuffle: bool = False
     ) -> LazyLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        assert self.trainer is not None
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         needed = world_size * (2 if shuffle else 1)
         if len(images) < needed:
             raise DataError(
-                f"{name} has {len(images)} images, but {world_size} devices need at least {needed}; "
-                "fewer devices: trainer.devices=1"
+                f"{name} has {len(images)} images, but {world_size} devices need at least "
+                f"{needed}; fewer devices: trainer.devices=1"
             )
         sampler = EpochBatches(
             len(images),

@@ -27,9 +27,11 @@ def task(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Print a table and write metrics.json. Raises FinetuneError for a user's mistake."""
     from finetune import build, fit  # late: imports torch
+    from finetune.data.split import listed
     from finetune.errors import ConfigError, DataError
     from finetune.files import write_json
-    from finetune.restore import compose_run, load
+    from finetune.overrides import compose_run, quoted
+    from finetune.restore import load
     from finetune.tasks.classification import per_class_accuracy
 
     fit.quiet_libraries()
@@ -45,17 +47,15 @@ def evaluate(cfg: DictConfig) -> None:
         "trainer.devices": cfg.trainer.devices,
         "trainer.precision": cfg.trainer.precision,
     }
-    overrides = [f"{k}={cli.quoted(str(v))}" for k, v in typed.items() if v is not None]
+    overrides = [f"{k}={quoted(str(v))}" for k, v in typed.items() if v is not None]
     run_cfg = compose_run(run, overrides)
     splits = build.build_splits(run_cfg)
     images = fit.named_splits(splits).get(cfg.split)
     if images is None:
         raise DataError(f"split={cfg.split}: this data has no {cfg.split} split; type split=val")
     if splits.classes != model.classes:
-        raise DataError(
-            f"the classes of this data are not those of the run: {', '.join(splits.classes[:5])}, ... "
-            f"instead of {', '.join(model.classes[:5])}, ..."
-        )
+        theirs, ours = listed(splits.classes, most=5), listed(model.classes, most=5)
+        raise DataError(f"the classes of this data are {theirs}; the run was trained on {ours}")
     budget = build.build_budget(run_cfg, len(splits.train))
     task = build.build_task(run_cfg, model, budget)
     datamodule = build.build_datamodule(run_cfg, splits, model)
@@ -63,12 +63,13 @@ def evaluate(cfg: DictConfig) -> None:
     measure = trainer.test if cfg.split == "test" else trainer.validate
     measure(task, datamodule=datamodule, verbose=False)
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    assert task.confusion is not None
-    per_class = dict(zip(model.classes, per_class_accuracy(task.confusion), strict=True))
+    assert task.last_confusion is not None
+    per_class = dict(zip(model.classes, per_class_accuracy(task.last_confusion), strict=True))
     target = Path(cfg.output or run) / "metrics.json"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, {"split": cfg.split, "images": len(images), **values, "per_class": per_class})
+        facts = {"split": cfg.split, "images": len(images), **values}
+        write_json(target, {**facts, "per_class_accuracy": per_class})
     except OSError as error:
         raise ConfigError(f"output: {target} cannot be written: {error}") from error
     fit.print_metrics({cfg.split: values}, per_class, cfg.split)

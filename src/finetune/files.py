@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write with a file that becomes path when all of it is on the disk.
 
     Raises OSError with path untouched and nothing left behind.
@@ -22,7 +22,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk; Windows has no such call
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows: the rename itself must reach the disk
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -33,4 +33,4 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write value as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()) and None)
+    write_whole(path, lambda file: file.write(text.encode()))

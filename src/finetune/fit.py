@@ -31,10 +31,9 @@ from finetune.callbacks import (
     tensorboard,
 )
 from finetune.data.base import LabelledImages, Splits
-from finetune.datamodule import DataModule
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.record import Record
-from finetune.tasks.base import Task, parameter_counts
+from finetune.tasks.base import parameter_counts
 from finetune.tasks.classification import per_class_accuracy
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,9 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = ("num_workers", "logger", "checkpoint", "resume", "data.root", "data.download")
 
 
-def fit(cfg: DictConfig, run: Path, overrides: Sequence[str], why_model: str, rank: int = 0) -> None:
+def fit(
+    cfg: DictConfig, run: Path, overrides: Sequence[str], why_model: str, rank: int = 0
+) -> None:
     """Train, keep the best by val, test it once; all that is known goes to run/run.json.
 
     Raises FinetuneError for a user's mistake, Interrupted after a signal.
@@ -64,12 +65,14 @@ def fit(cfg: DictConfig, run: Path, overrides: Sequence[str], why_model: str, ra
     except Interrupted as error:
         if record:
             record.update(status="interrupted", error=f"stopped by {error}")
-            log.warning("stopped by %s. To go on: python train.py resume=%s", error, shown_path(run))
+            log.warning(
+                "stopped by %s. To go on: python train.py resume=%s", error, shown_path(run)
+            )
         raise
     except Exception as error:
         if record:
-            message = str(error) if isinstance(error, FinetuneError) else f"{type(error).__name__}: {error}"
-            record.update(status="failed", error=message)
+            kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
+            record.update(status="failed", error=f"{kind}{error}")
         raise
 
 
@@ -93,7 +96,8 @@ def train_and_test(
     trains, parameters = parameter_counts(model)
     datamodule = build.build_datamodule(cfg, splits, model)
     counts = {name: len(images) for name, images in named_splits(splits).items()}
-    log.info("data: %s, %d classes", ", ".join(f"{n} {c}" for n, c in counts.items()), len(splits.classes))
+    listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+    log.info("data: %s, %d classes", listed, len(splits.classes))
     log.info("%s of %s parameters train", f"{trains:,}", f"{parameters:,}")
     log.info(
         "%d steps: %d epochs of %d, validated every %s",
@@ -140,7 +144,7 @@ def train_and_test(
         task.model.load_state_dict(checkpoint.read(best.path).state_dict)
         trainer.test(task, datamodule=datamodule, verbose=False)
         test = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-        confusion, shown = task.confusion, "test"
+        confusion, shown = task.last_confusion, "test"
     if not record:
         return
     per_class = {}
@@ -188,7 +192,10 @@ def open_record(cfg: DictConfig, run: Path) -> Record:
             "git": git_state(),
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "torchvision", "lightning", "finetune")},
+                **{
+                    name: version(name)
+                    for name in ("torch", "torchvision", "lightning", "finetune")
+                },
             },
             "seed": cfg.seed,
         },
@@ -249,7 +256,10 @@ def git_state() -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "-uno")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -16,8 +16,7 @@ class TensorBoard(TensorBoardLogger):
     """Event files in the run directory itself. resumed_at: later points of an earlier try go."""
 
     def __init__(self, run: Path, resumed_at: int | None = None) -> None:
-        purge = {} if resumed_at is None else {"purge_step": resumed_at}
-        super().__init__(run, name="", version="", default_hp_metric=False, **purge)
+        super().__init__(run, name="", version="", default_hp_metric=False, purge_step=resumed_at)
 
     @rank_zero_only
     def save(self) -> None:
@@ -63,7 +62,9 @@ class MetricsFile(Logger):
         return self.path
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing: they are in run.json."""
 
     @rank_zero_only
@@ -94,7 +95,14 @@ def wandb(run: Path, resumed_at: int | None, project: str, offline: bool) -> Log
         from lightning.pytorch.loggers import WandbLogger
 
         return WandbLogger(
-            project=project, offline=offline, save_dir=run, id=run.name, name=run.name, resume="allow"
+            project=project,
+            offline=offline,
+            save_dir=run,
+            id=run.name,
+            name=run.name,
+            resume="allow",
         )
     except ModuleNotFoundError as error:
-        raise ConfigError('logger=wandb needs wandb; type: pip install "finetune[wandb]"') from error
+        raise ConfigError(
+            'logger=wandb needs wandb; type: pip install "finetune[wandb]"'
+        ) from error

@@ -1,9 +1,11 @@
-"""What was typed, held against conf/: every unknown group, option and key at once, without torch."""
+"""What was typed, held against conf/: all unknown groups, options and keys, before torch."""
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -15,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.errors import ConfigError
+from finetune.errors import CheckpointError, ConfigError
 
 # the folder beside src/ in a checkout; the copy inside the package once it was built into a wheel
 CONF = next(
@@ -41,7 +43,9 @@ def compose_jobs(command: str, arguments: Sequence[str]) -> list[DictConfig]:
     args = get_args_parser().parse_args(list(arguments))
     if args.config_name or args.config_path:
         raise ConfigError("--config-name and --config-path are not for this command; see --help")
-    search_path = [] if args.config_dir is None else [f"hydra.searchpath=[{_quoted(args.config_dir)}]"]
+    search_path = (
+        [] if args.config_dir is None else [f"hydra.searchpath=[{quoted(args.config_dir)}]"]
+    )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         typed, problems = _parse(args.overrides)
         swept = [o.get_key_element() for o in typed if o.is_sweep_override()]
@@ -62,6 +66,61 @@ def compose_jobs(command: str, arguments: Sequence[str]) -> list[DictConfig]:
             ]
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_first_lines(error)) from error
+
+
+def with_recorded(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a resume: what the run was started with, then what is typed now."""
+    typed = [a for a in arguments if not a.startswith("resume=")]
+    run = Path(next(a for a in arguments if a.startswith("resume=")).removeprefix("resume="))
+    if any(a in ("-m", "--multirun") for a in typed):
+        raise ConfigError("resume= goes on with one run; leave out -m")
+    recorded = recorded_overrides(run)
+    keys = {_key(argument) for argument in typed}
+    return [
+        *(override for override in recorded if _key(override) not in keys),
+        *typed,
+        f"resume={quoted(str(run))}",
+        f"hydra.run.dir={quoted(str(run))}",
+        "hydra.output_subdir=null",  # what the run was started with stays as it is
+    ]
+
+
+def recorded_overrides(run: Path) -> list[str]:
+    """What a run was started with. Raises CheckpointError if run is no run directory."""
+    path = run / ".hydra" / "overrides.yaml"
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run directory. Runs lie below logs/")
+    try:
+        recorded = [str(o) for o in OmegaConf.load(path)]
+    except Exception as error:
+        raise CheckpointError(
+            f"{run} is no run directory: {path} cannot be read ({error})"
+        ) from error
+    # a run directory is data: what it names is never called
+    if code := [o for o in recorded if "_target_" in o]:
+        raise CheckpointError(
+            f"{path} asks for code to be called, which is refused: {', '.join(code)}"
+        )
+    return recorded
+
+
+def quoted(value: str) -> str:
+    """A value for Hydra's override grammar, whatever characters it holds."""
+    if re.fullmatch(r"[\w./:+-]+", value):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def compose_run(run: Path, overrides: Sequence[str]) -> DictConfig:
+    """The config that a run was started with, and overrides on top; within a Hydra command."""
+    recorded = [o for o in recorded_overrides(run) if not o.startswith("resume=")]
+    keys = {_key(override) for override in overrides}
+    kept = [override for override in recorded if _key(override) not in keys]
+    return compose("train", overrides=[*kept, *overrides])
 
 
 def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -130,24 +189,28 @@ def _unknown_keys(
                 continue
             if key in known or key.startswith("hydra.") or _is_group(override, command):
                 continue
-            choices = cfg.hydra.runtime.choices
-            place = f" with {key.split('.')[0]}={choices[key.split('.')[0]]}" if "." in key and key.split(".")[0] in choices else ""
+            group, _, inner = key.partition(".")
+            choice = cfg.hydra.runtime.choices.get(group)
+            place = f" with {group}={choice}" if inner and choice else ""
             problems[key] = f"{key}: no such key{place}; {_close(key, known) or 'see --help'}"
     return list(problems.values())
 
 
 def _keys(cfg: DictConfig) -> Iterator[str]:
-    """Dotted keys of the config, those of groups and inner nodes included; without hydra.*."""
-    stack: list[tuple[str, DictConfig]] = [("", cfg)]
+    """Dotted keys of a config, those of inner nodes included; without hydra.*."""
+    stack: list[tuple[str, Any]] = [("", {k: v for k, v in _plain(cfg).items() if k != "hydra"})]
     while stack:
         prefix, node = stack.pop()
-        for key in node:
-            if not prefix and key == "hydra":
-                continue
+        for key, value in node.items():
             yield f"{prefix}{key}"
-            if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node._get_node(key)):
-                if node[key] is not None:
-                    stack.append((f"{prefix}{key}.", node[key]))
+            if isinstance(value, dict):
+                stack.append((f"{prefix}{key}.", value))
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(cfg)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def _jobs(typed: Sequence[Override]) -> Iterator[list[str]]:
@@ -158,7 +221,7 @@ def _jobs(typed: Sequence[Override]) -> Iterator[list[str]]:
             key = override.get_key_element()
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
-            choices.append([override.input_line])
+            choices.append([override.input_line or ""])
     for job in itertools.product(*choices):
         yield list(job)
 
@@ -175,13 +238,9 @@ def _first_lines(error: BaseException) -> str:
     """The message of a Hydra error without its search path and type listings."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kept = itertools.takewhile(
-        lambda line: not line.startswith(("full_key", "object_type", "Config search path", "See ")), lines
+        lambda line: not line.startswith(("full_key", "object_type", "Config search")), lines
     )
     return " ".join(kept) or type(error).__name__
-
-
-def _quoted(value: str) -> str:
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _listed(problems: Sequence[str]) -> str:

@@ -7,13 +7,15 @@ from torch import nn
 from finetune.layers import layer_of_parameter
 from finetune.model import Classifier
 
+NO_DECAY = ("class_token", "cls_token", "pos_embedding", "pos_embed")
+
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: biases, norms, class tokens and positions are spared.
 
     Source: the habit of BERT, MAE and timm; norms and biases are the vectors.
     """
-    return parameter.ndim > 1 and not name.endswith(("class_token", "cls_token", "pos_embedding", "pos_embed"))
+    return parameter.ndim > 1 and not name.endswith(NO_DECAY)
 
 
 def param_groups(model: Classifier, weight_decay: float) -> list[dict[str, Any]]:
@@ -28,12 +30,13 @@ def param_groups(model: Classifier, weight_decay: float) -> list[dict[str, Any]]
         groups.setdefault((layers[name], decays(name, parameter)), []).append(parameter)
     for name, parameter in model.head.named_parameters():
         groups.setdefault((depth, decays(name, parameter)), []).append(parameter)
+    names = [*(f"layer{layer}" for layer in range(depth)), "head"]
     return [
         {
             "params": groups[layer, decay],
             "layer": layer,
             "weight_decay": weight_decay if decay else 0.0,
-            "name": ("head" if layer == depth else f"layer{layer}") + ("" if decay else "_no_decay"),
+            "name": names[layer] if decay else f"{names[layer]}_no_decay",
         }
         for layer, decay in sorted(groups, key=lambda key: (key[0], not key[1]))
     ]

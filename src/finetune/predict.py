@@ -4,10 +4,9 @@ import csv
 import io
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -54,12 +53,12 @@ def predict(cfg: DictConfig) -> None:
         output = output / "predictions.csv"
     gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
     if cfg.accelerator in ("gpu", "cuda") and not gpu:
-        raise ConfigError(f"accelerator={cfg.accelerator}: this machine has no GPU that torch can use")
+        raise ConfigError(f"accelerator={cfg.accelerator}: no GPU that torch can use; type cpu")
     device = torch.device("cuda" if gpu else "cpu")
     model.to(device)
     workers = min(8, usable_cores() - 1) if cfg.num_workers is None else cfg.num_workers
-    loader: DataLoader[object] = DataLoader(
-        ReadableImages(paths, transform),
+    loader: DataLoader[Any] = DataLoader(
+        ReadableImages(paths, transform),  # type: ignore[arg-type] # needs no base class
         batch_size=cfg.batch_size,
         num_workers=workers if len(paths) > cfg.batch_size else 0,
         collate_fn=list,
@@ -81,7 +80,7 @@ def predict(cfg: DictConfig) -> None:
     content = text.getvalue().encode("utf-8", "surrogateescape")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, lambda file: file.write(content) and None)
+        write_whole(output, lambda file: file.write(content))
     except OSError as error:
         raise ConfigError(f"output: {output} cannot be written: {error}") from error
     log.info("%d images classified; written to %s", len(rows) - 1, output)
@@ -94,7 +93,7 @@ def predict(cfg: DictConfig) -> None:
 
 
 class ReadableImages:
-    """(path, image) for each path, image uint8 (3, S, S); the reason as text if it cannot be read."""
+    """(path, image) for each path: uint8 (3, S, S), or why it cannot be read, as text."""
 
     def __init__(self, paths: list[str], transform: "Transform") -> None:
         self.paths, self.transform = paths, transform
@@ -131,7 +130,8 @@ def images_below(source: Path) -> Iterator[str]:
                 found = True
                 yield os.path.join(folder, name)  # noqa: PTH118 - keeps './' and odd bytes as typed
     if not found:
-        raise DataError(f"input={source}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise DataError(f"input={source}: no images in this folder; they end in {suffixes}")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ class Record:
             facts = json.loads((run / NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{run} is no run directory: {NAME} is missing or damaged ({error}). Give the folder "
-                "that train.py named at the end, such as logs/digits/tiny/2026-01-31_12-00-00"
+                f"{run} is no run directory: {NAME} is missing or damaged ({error}). "
+                "Give the folder that train.py named at the end; runs lie below logs/"
             ) from error
         return cls(run, facts)
 

@@ -1,15 +1,10 @@
 """Back from a run directory: its model, its transform, its classes, its data."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hydra import compose
-from omegaconf import DictConfig
-
 from finetune import checkpoint
 from finetune.backbones.run import misfit, rebuild
-from finetune.cli import recorded_overrides
 from finetune.data import transforms
 from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
@@ -47,11 +42,3 @@ def load(run: str | Path, target: str | None = None) -> Loaded:
     except RuntimeError as error:
         raise misfit(path, saved, error) from error
     return Loaded(model.eval(), transforms.evaluation(saved.input_spec), saved.classes)
-
-
-def compose_run(run: Path, overrides: Sequence[str]) -> DictConfig:
-    """The config that a run was started with, and overrides on top; within a Hydra command."""
-    recorded = [o for o in recorded_overrides(run) if not o.startswith("resume=")]
-    keys = {o.split("=", 1)[0] for o in overrides}
-    kept = [o for o in recorded if o.split("=", 1)[0].lstrip("+") not in keys]
-    return compose("train", overrides=[*kept, *overrides])

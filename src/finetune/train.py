@@ -11,14 +11,14 @@ from omegaconf import DictConfig
 
 from finetune import cli
 from finetune.errors import FinetuneError
-from finetune.overrides import CONF
+from finetune.overrides import CONF, with_recorded
 
 
 def main() -> NoReturn:
     """Entry point of train.py."""
     try:
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):
-            sys.argv[1:] = cli.with_recorded(sys.argv[1:])
+            sys.argv[1:] = with_recorded(sys.argv[1:])
     except FinetuneError as error:
         cli.fail(error)
     cli.command("train", task)

@@ -50,8 +50,8 @@ def rebuild(saved: Checkpoint, path: Path, target: str | None) -> Backbone:
     if family == "module":
         if target is None:
             raise CheckpointError(
-                f"{path} was trained with a class of your own, and what a checkpoint names is never "
-                f"run unasked; type model.target={recipe.get('target')}"
+                f"{path} was trained with a class of your own, and what a checkpoint names is "
+                f"never run unasked; type model.target={recipe.get('target')}"
             )
         recipe["target"] = target
     try:

@@ -64,4 +64,6 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         if self.shuffle:
             order = epoch_order(self.num_images, self.seed, epoch)
         for start, stop in self.bounds[first:]:
-            yield [(epoch, position) for position in order[start:stop][self.rank :: self.world_size]]
+            yield [
+                (epoch, position) for position in order[start:stop][self.rank :: self.world_size]
+            ]

@@ -26,9 +26,7 @@ def none(spec: InputSpec) -> Transform:
     return evaluation(spec)
 
 
-def light(
-    spec: InputSpec, scale: tuple[float, float] = (0.2, 1.0), flip: bool = True
-) -> Transform:
+def light(spec: InputSpec, scale: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> Transform:
     """Random resized crop and flip.
 
     scale: share of the image's area that a crop covers. flip: mirror half of the images; False
@@ -54,7 +52,7 @@ def strong(
 
 def _crop(spec: InputSpec, scale: tuple[float, float]) -> v2.Transform:
     mode = InterpolationMode(spec.interpolation)
-    return v2.RandomResizedCrop(spec.size, tuple(scale), interpolation=mode, antialias=True)
+    return v2.RandomResizedCrop(spec.size, (scale[0], scale[1]), interpolation=mode)
 
 
 def seeded(transform: Transform, image: Tensor, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finetune.data.sampler import stable_hash
@@ -25,6 +25,8 @@ class Task(L.LightningModule):
     optimizer: called with the parameter groups; its own lr is the base lr.
     schedule: factor on the lr from (step, total_steps).
     """
+
+    last_confusion: Tensor | None  # (K, K) counts of the last evaluation, rows are labels
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class Task(L.LightningModule):
         return self.strategy_.lr_scale(layer, self.model.depth, epoch)
 
     def freeze_what_never_trains(self) -> None:
-        """Take layers that no epoch trains out of autograd. Must come before DDP wraps the model."""
+        """Take layers that no epoch trains out of autograd; before DDP wraps the model."""
         for layer, parameters in enumerate(self.model.parameters_by_layer()):
             trains = any(self.lr_scale(layer, epoch) > 0 for epoch in range(max(1, self.epochs)))
             for parameter in parameters:
@@ -95,6 +97,11 @@ class Task(L.LightningModule):
         """Drop the gradients of layers that are frozen now and train later."""
         for parameter in self._frozen_for_now:
             parameter.grad = None
+
+    def logs_this_step(self) -> bool:
+        """Whether the step in progress is one that the loggers get."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # see Trainer
+        return (self.global_step + 1) % every == 0
 
     def learning_rates(self) -> dict[str, float]:
         """lr/<group>: what the step in progress uses."""

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -19,22 +18,16 @@ class Classification(Task):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         num_classes = len(self.model.classes)
-        metrics = classification_metrics(num_classes)
-        splits = ("val", "test")
-        self.metrics = torch.nn.ModuleDict({s: metrics.clone(prefix=f"{s}/") for s in splits})
-        # weighted by images, so that uneven batches and ranks give the mean over the split
-        self.losses = torch.nn.ModuleDict({s: MeanMetric() for s in splits})
-        self.confusions = torch.nn.ModuleDict(
-            {s: MulticlassConfusionMatrix(num_classes) for s in splits}
-        )
-        self.confusion: Tensor | None = None
+        self.val_metrics = SplitMetrics("val", num_classes)
+        self.test_metrics = SplitMetrics("test", num_classes)
+        self.last_confusion = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of a batch: mean over its images."""
         images, labels = batch
         logits = self.model(images)
         loss = F.cross_entropy(logits, labels)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if self.logs_this_step():
             accuracy = (logits.detach().argmax(1) == labels).float().mean()
             self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy})
             self.log_dict(self.learning_rates())
@@ -42,34 +35,54 @@ class Classification(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the metrics of val."""
-        self._evaluate("val", batch)
+        self.val_metrics.update(self.model(batch[0]), batch[1])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Update the metrics of test."""
-        self._evaluate("test", batch)
+        self.test_metrics.update(self.model(batch[0]), batch[1])
 
     def on_validation_epoch_end(self) -> None:
         """Log val/*."""
-        self._log_split("val")
+        self._log_split(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log test/*."""
-        self._log_split("test")
+        self._log_split(self.test_metrics)
 
-    def _evaluate(self, split: str, batch: Batch) -> None:
-        images, labels = batch
-        logits = self.model(images).float()
-        self.losses[split].update(F.cross_entropy(logits, labels), weight=len(labels))
-        self.metrics[split].update(logits, labels)
-        self.confusions[split].update(logits, labels)
+    def _log_split(self, metrics: "SplitMetrics") -> None:
+        # computed over all ranks already: the value of one is everybody's
+        self.log_dict(metrics.compute())
+        self.last_confusion = metrics.confusion.compute().cpu()
+        metrics.reset()
 
-    def _log_split(self, split: str) -> None:
-        values = {f"{split}/loss": self.losses[split].compute(), **self.metrics[split].compute()}
-        self.confusion = self.confusions[split].compute()
-        for metric in (self.losses, self.metrics, self.confusions):
-            metric[split].reset()
-        # computed over all ranks already: rank 0's value is everybody's
-        self.log_dict(values, rank_zero_only=False, sync_dist=False)
+
+class SplitMetrics(nn.Module):
+    """All that is measured on one split, over all of its images and ranks."""
+
+    def __init__(self, split: str, num_classes: int) -> None:
+        super().__init__()
+        self.split = split
+        self.metrics = classification_metrics(num_classes)
+        # weighted by images, so that uneven batches and ranks give the mean over the split
+        self.loss = MeanMetric()
+        self.confusion = MulticlassConfusionMatrix(num_classes)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (B, K), labels (B,)."""
+        logits = logits.float()
+        self.loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+        self.metrics.update(logits, labels)
+        self.confusion.update(logits, labels)
+
+    def compute(self) -> dict[str, Tensor]:
+        """split/name: value, of what was added since the last reset."""
+        values = {"loss": self.loss.compute(), **self.metrics.compute()}
+        return {f"{self.split}/{name}": value for name, value in values.items()}
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        for metric in (self.loss, self.metrics, self.confusion):
+            metric.reset()
 
 
 def per_class_accuracy(confusion: Tensor) -> list[float | None]:
