@@ -1,0 +1,111 @@
+"""What several tests need: a run in this process, and a command line in this process."""
+
+import csv
+import importlib
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from finetune import cli
+from finetune.overrides import CONF
+
+# 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
+SMALL = (
+    "data=fake",
+    "data.num_classes=3",
+    "data.num_images=30",
+    "data.image_size=8",
+    "model=tiny",
+    "model.weights=null",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "augment.scale=[0.5,1.0]",
+    "batch_size=4",
+    "epochs=2",
+)
+
+
+def composed(*overrides: str, command: str = "train") -> DictConfig:
+    """The config that a command gets from conf/."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(command, list(overrides))
+
+
+def metrics_of(run: Path) -> list[tuple[int, str, float]]:
+    """The rows of metrics.csv."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [(int(r["step"]), r["metric"], float(r["value"])) for r in csv.DictReader(file)]
+
+
+def series(run: Path, metric: str) -> list[float]:
+    """The values of one metric, in the order of the file."""
+    return [value for _, name, value in metrics_of(run) if name == metric]
+
+
+def facts_of(run: Path) -> dict[str, Any]:
+    """run.json."""
+    return json.loads((run / "run.json").read_text())
+
+
+@dataclass
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Commands configure logging; put it back, and close train.log."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch",)}
+    yield
+    for handler in root.handlers:
+        if handler not in before:
+            handler.close()
+    root.handlers[:] = before
+    root.setLevel(level)
+    for name, value in levels.items():
+        logging.getLogger(name).setLevel(value)
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """command("train", "data=fake", ...): the real entry point, in this process and tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> Done:
+        module = importlib.import_module(f"finetune.{name}")
+        program = "train.py" if name == "train" else f"finetune.{name}"
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.setattr(cli, "jobs_done", [])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        said = capsys.readouterr()
+        return Done(int(stop.value.code or 0), said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train("epochs=1", ...): a small real run, composed from conf/; returns its directory."""
+    from finetune.fit import fit
+
+    def run(*overrides: str, name: str = "run") -> Path:
+        folder = tmp_path / name
+        fit(composed(*SMALL, "logger=csv", *overrides), folder, list(overrides), "as asked for")
+        return folder
+
+    return run

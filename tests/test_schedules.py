@@ -1,0 +1,48 @@
+"""The lr's factor, against closed forms."""
+
+import math
+
+import pytest
+
+from finetune.schedules import constant, cosine, linear
+
+SCHEDULES = [constant, cosine, linear]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_is_a_straight_line_that_starts_above_zero(schedule):
+    factors = [schedule(step, 100, warmup=0.1) for step in range(11)]
+    assert factors == pytest.approx([(step + 1) / 10 for step in range(10)] + [1.0])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_warm_up_the_first_step_has_the_base_lr(schedule):
+    assert schedule(0, 100, warmup=0.0) == 1.0
+
+
+def test_constant_stays():
+    assert {constant(step, 100) for step in range(100)} == {1.0}
+
+
+def test_cosine_is_half_a_cosine_from_one_to_final():
+    for step in range(101):
+        expected = 0.2 + 0.8 * (1 + math.cos(math.pi * step / 100)) / 2
+        assert cosine(step, 100, warmup=0.0, final=0.2) == pytest.approx(expected)
+
+
+def test_linear_is_straight_from_one_to_final():
+    for step in range(101):
+        assert linear(step, 100, warmup=0.0, final=0.2) == pytest.approx(1 - 0.8 * step / 100)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 1000])
+def test_the_factor_stays_between_zero_and_one_for_any_length(schedule, total):
+    factors = [schedule(step, total, warmup=0.3) for step in range(total + 2)]
+    assert all(0.0 <= factor <= 1.0 for factor in factors)
+    assert factors[0] > 0.0
+
+
+@pytest.mark.parametrize("schedule", [cosine, linear])
+def test_past_its_end_a_schedule_stays_at_final(schedule):
+    assert schedule(150, 100, final=0.1) == pytest.approx(0.1)
