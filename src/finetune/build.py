@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
@@ -22,7 +23,7 @@ from finetune.data.base import Splits
 from finetune.data.sampler import batch_bounds
 from finetune.data.split import check_splits, cut_val, limit_train
 from finetune.datamodule import DataModule
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, FinetuneError
 from finetune.loggers import MetricsFile
 from finetune.model import Classifier
 from finetune.tasks.base import Task
@@ -53,11 +54,21 @@ class Budget:
         return math.ceil(self.epochs / MOST_VALIDATIONS)
 
 
+def make(node: Any) -> Any:
+    """Call what a node of the config names. A user's mistake comes as it was raised there."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, FinetuneError):
+            raise error.__cause__ from None
+        raise
+
+
 def build_splits(cfg: DictConfig) -> Splits:
     """The dataset, checked, with a val split, and train limited as asked."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     common = {key: node.pop(key) for key in COMMON_DATA_KEYS if key in node}
-    splits: Splits = instantiate(node, _convert_="all")
+    splits: Splits = make(node)
     splits = cut_val(splits, seed=node.get("split_seed", 0))
     check_splits(splits)
     return limit_train(splits, **common, seed=cfg.seed)
@@ -66,7 +77,7 @@ def build_splits(cfg: DictConfig) -> Splits:
 def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
     """The backbone with its weights, and a new head."""
     torch.manual_seed(cfg.seed)  # of the head, and of a backbone from scratch
-    backbone = instantiate(cfg.model, _convert_="all")
+    backbone = make(cfg.model)
     return Classifier(backbone, classes)
 
 
@@ -74,7 +85,7 @@ def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> Data
     """Splits as batches of what the model's weights expect."""
     return DataModule(
         splits,
-        train_transform=instantiate(cfg.augment, _convert_="all")(model.input_spec),
+        train_transform=make(cfg.augment)(model.input_spec),
         eval_transform=transforms.evaluation(model.input_spec),
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
@@ -97,11 +108,11 @@ def build_budget(cfg: DictConfig, num_images: int) -> Budget:
 
 def build_task(cfg: DictConfig, model: Classifier, budget: Budget) -> Task:
     """The LightningModule."""
-    task: Task = instantiate(cfg.task)(
+    task: Task = make(cfg.task)(
         model=model,
-        strategy=instantiate(cfg.strategy),
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        schedule=instantiate(cfg.schedule),
+        strategy=make(cfg.strategy),
+        optimizer=make(cfg.optimizer),
+        schedule=make(cfg.schedule),
         weight_decay=cfg.optimizer.weight_decay,
         epochs=budget.epochs,
         total_steps=budget.total_steps,
@@ -112,7 +123,7 @@ def build_task(cfg: DictConfig, model: Classifier, budget: Budget) -> Task:
 
 def build_loggers(cfg: DictConfig, run: Path, resumed_at: int | None) -> list[Logger]:
     """metrics.csv always, and what logger= asks for."""
-    chosen: Logger = instantiate(cfg.logger, _convert_="all")(run=run, resumed_at=resumed_at)
+    chosen: Logger = make(cfg.logger)(run=run, resumed_at=resumed_at)
     return [chosen] if isinstance(chosen, MetricsFile) else [chosen, MetricsFile(run, resumed_at)]
 
 
@@ -122,9 +133,9 @@ def build_trainer(
     """Lightning's Trainer: device, precision and ranks are its own."""
     if sys.stdout.isatty():  # elsewhere a line per validation tells how it goes
         callbacks = [*callbacks, RichProgressBar(leave=False)]
-    make: Callable[..., L.Trainer] = instantiate(cfg.trainer, _convert_="all")
+    make_trainer: Callable[..., L.Trainer] = make(cfg.trainer)
     try:
-        return make(
+        return make_trainer(
             default_root_dir=run,
             max_epochs=budget.epochs,
             max_steps=-1 if budget.max_steps is None else budget.max_steps,

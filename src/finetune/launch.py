@@ -65,6 +65,7 @@ def start_ranks(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=devices,
+        run_id="finetune",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,

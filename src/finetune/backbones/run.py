@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from finetune import checkpoint
 from finetune.backbones import FAMILIES
 from finetune.backbones.base import Backbone
@@ -25,23 +23,28 @@ def run(path: str, input_size: int | None = None, target: str | None = None) -> 
             "folder that train.py named at the end"
         )
     saved = checkpoint.read(best)
-    backbone = rebuild(saved, best, target)
+    backbone = rebuild(saved, best, target, input_size)
     names = [name for name in saved.state_dict if name.startswith("backbone.")]
     weights = {name.removeprefix("backbone."): saved.state_dict[name] for name in names}
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
+        if input_size is not None:  # positions of a transformer, which belong to one size
+            raise ConfigError(
+                f"model.input_size={input_size}: this backbone was trained for "
+                f"{saved.input_spec.size} pixels and takes no other; leave model.input_size out"
+            ) from error
         raise misfit(best, saved, error) from error
-    if input_size is not None:
-        backbone.input_spec = replace(saved.input_spec, size=input_size, resize=input_size)
-        _check_size(backbone, input_size)
     return backbone
 
 
-def rebuild(saved: Checkpoint, path: Path, target: str | None) -> Backbone:
+def rebuild(
+    saved: Checkpoint, path: Path, target: str | None, input_size: int | None = None
+) -> Backbone:
     """The architecture of a checkpoint, without its weights: calls of our own functions only.
 
     target: what a checkpoint names as a user's own class is never called; it is typed again.
+    input_size: pixels; None for those of the checkpoint.
     """
     recipe = dict(saved.backbone)
     family = recipe.pop("family", None)
@@ -55,10 +58,14 @@ def rebuild(saved: Checkpoint, path: Path, target: str | None) -> Backbone:
             )
         recipe["target"] = target
     try:
-        backbone = FAMILIES[family](**recipe, weights=None)
+        size = {} if input_size is None else {"input_size": input_size}
+        backbone = FAMILIES[family](**recipe | size, weights=None)
     except TypeError as error:
         raise CheckpointError(f"{path}: {recipe} does not describe a {family} backbone") from error
-    backbone.input_spec = saved.input_spec
+    spec = saved.input_spec
+    if input_size is not None:
+        spec = replace(spec, size=input_size, resize=input_size)
+    backbone.input_spec = spec
     return backbone
 
 
@@ -66,13 +73,3 @@ def misfit(path: Path, saved: Checkpoint, error: Exception) -> CheckpointError:
     """The message for weights that do not fit what their checkpoint describes."""
     reason = " ".join(str(error).split())[:300]
     return CheckpointError(f"{path} does not fit its own backbone {saved.backbone}: {reason}")
-
-
-def _check_size(backbone: Backbone, size: int) -> None:
-    training = backbone.training
-    try:
-        with torch.no_grad():
-            backbone.eval()(torch.zeros(1, 3, size, size))
-    except Exception as error:  # each architecture complains in its own way
-        raise ConfigError(f"model.input_size={size}: {error}") from error
-    backbone.train(training)
