@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from finetune.errors import FinetuneError
 from finetune.overrides import asks_for_information, compose_jobs
+from finetune.record import Record
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,37 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    failed = [job for job in jobs_done if job.error]
     if len(jobs_done) > 1:
-        print(f"{len(jobs_done) - len(failed)} of {len(jobs_done)} jobs done")
-        for job in failed:
-            print(f"failed: {' '.join(job.overrides)}\n  {job.error}\n  {job.run}", file=sys.stderr)
-    sys.exit(1 if failed else 0)
+        print_sweep(jobs_done)
+    sys.exit(1 if any(job.error for job in jobs_done) else 0)
+
+
+def print_sweep(jobs: Sequence[Job]) -> None:
+    """A row per job of a sweep: what was chosen and what came out; then what failed, and where."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("job", "overrides", "best val", "test")
+    for number, job in enumerate(jobs):
+        cells = ["failed", ""]
+        if job.error is None:
+            facts = Record.read(job.run).facts
+            best, test = facts["best"], facts["test"]
+            name = best["monitor"].replace("val/", "test/", 1)
+            cells = [f"{best['value']:.4f}", f"{test[name]:.4f}" if name in test else "-"]
+        table.add_row(str(number), " ".join(job.overrides), *cells)
+    Console().print(table)
+    failed = [job for job in jobs if job.error]
+    print(
+        f"{len(jobs) - len(failed)} of {len(jobs)} jobs done: {shown_path(jobs[0].run.parent)}/<job>"
+    )
+    for job in failed:
+        print(f"failed: {' '.join(job.overrides)}\n  {job.error}", file=sys.stderr)
+
+
+def shown_path(path: Path) -> str:
+    """As short as it can be typed: relative to here, if it lies below."""
+    return str(path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path)
 
 
 def guarded(overrides: Sequence[str], run: Path, job: Callable[[], None]) -> None:

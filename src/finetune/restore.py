@@ -23,7 +23,7 @@ class Loaded(NamedTuple):
 def load(run: str | Path, target: str | None = None) -> Loaded:
     """Load the best model of a run, in eval mode, on the CPU.
 
-    transform: uint8 (3, H, W) of any size, or a PIL image, to uint8 (3, S, S).
+    transform: a PIL image or uint8 (C, H, W) of any size, RGB or grey, to uint8 (3, S, S).
     target: dotted path of your class, for a run of model=module.
     Raises CheckpointError if run is no run directory or its checkpoint is damaged.
     """
@@ -41,4 +41,4 @@ def load(run: str | Path, target: str | None = None) -> Loaded:
         model.load_state_dict(saved.state_dict)
     except RuntimeError as error:
         raise misfit(path, saved, error) from error
-    return Loaded(model.eval(), transforms.evaluation(saved.input_spec), saved.classes)
+    return Loaded(model.eval(), transforms.from_anything(saved.input_spec), saved.classes)

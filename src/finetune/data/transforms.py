@@ -21,6 +21,11 @@ def evaluation(spec: InputSpec) -> Transform:
     )
 
 
+def from_anything(spec: InputSpec) -> Transform:
+    """Evaluation of a PIL image, an array (H, W, C) or a tensor (C, H, W), each RGB or grey."""
+    return v2.Compose([v2.ToImage(), v2.RGB(), evaluation(spec), v2.ToPureTensor()])
+
+
 def none(spec: InputSpec) -> Transform:
     """No augmentation: training sees what evaluation sees."""
     return evaluation(spec)
