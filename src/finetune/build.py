@@ -31,7 +31,7 @@ from finetune.tasks.base import Task
 log = logging.getLogger(__name__)
 
 LEAST_EPOCHS, LEAST_STEPS = 10, 500  # BiT-HyperRule: 500 steps for fewer than 20k images
-MOST_VALIDATIONS = 50
+MOST_VALIDATIONS = 25
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def build_trainer(
         return make_trainer(
             default_root_dir=run,
             max_epochs=budget.epochs,
-            max_steps=-1 if budget.max_steps is None else budget.max_steps,
+            max_steps=-1,  # callbacks.MaxSteps: with Lightning's own, a resume skips epochs
             check_val_every_n_epoch=budget.validate_every,
             callbacks=callbacks,
             logger=loggers,
