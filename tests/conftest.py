@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from omegaconf import DictConfig
 
 from finetune import cli
 from finetune.overrides import CONF
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin where cores are few
 
 # 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
 SMALL = (

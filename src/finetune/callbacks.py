@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
 from finetune import checkpoint
@@ -54,15 +54,25 @@ class BestCheckpoint(Callback):
         self.path, self.monitor = checkpoint.best_path(run), monitor
         self.best: dict[str, Any] = {}
         self.confusion: Tensor | None = None  # of val, at the best; rows are labels
-        self.validated_step = -1
+        self.epoch, self.validated_step = 0, -1
 
     def state_dict(self) -> dict[str, Any]:
         """For a resume."""
-        return {"best": self.best, "confusion": self.confusion}
+        return {
+            "best": self.best,
+            "confusion": self.confusion,
+            "epoch": self.epoch,
+            "validated_step": self.validated_step,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a resume."""
         self.best, self.confusion = state_dict["best"], state_dict["confusion"]
+        self.epoch, self.validated_step = state_dict["epoch"], state_dict["validated_step"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the epoch: after training, Lightning's counter is one ahead."""
+        self.epoch = trainer.current_epoch
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare, and write on rank 0. All ranks hold the same metric and agree."""
@@ -73,10 +83,9 @@ class BestCheckpoint(Callback):
             raise ConfigError(f"monitor: no metric '{self.monitor}'; there are {known}")
         self.validated_step = trainer.global_step
         value, sign = metrics[self.monitor], -1.0 if lower_is_better(self.monitor) else 1.0
-        epoch = trainer.current_epoch
         log.info(
             "epoch %d, step %d: %s",
-            epoch,
+            self.epoch,
             trainer.global_step,
             ", ".join(f"{k} {metrics[k]:.4f}" for k in dict.fromkeys((self.monitor, "val/loss"))),
         )
@@ -84,7 +93,7 @@ class BestCheckpoint(Callback):
         if self.best and not sign * value > sign * self.best["value"]:
             return
         self.best = {
-            "epoch": epoch,
+            "epoch": self.epoch,
             "step": trainer.global_step,
             "monitor": self.monitor,
             "value": value,
@@ -115,6 +124,43 @@ def write_best(
     )
 
 
+class MaxSteps(Callback):
+    """Ends the training at a step, with a validation. Stands before StepCheckpoints."""
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train no more, if a resume is there already."""
+        trainer.should_stop = trainer.global_step >= self.max_steps
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Stop after this batch."""
+        if trainer.global_step >= self.max_steps:
+            trainer.should_stop = True
+
+
+class EarlyStop(EarlyStopping):
+    """Stops after patience validations without a better one, also across a resume."""
+
+    def __init__(self, monitor: str, patience: int) -> None:
+        super().__init__(
+            monitor,
+            patience=patience,
+            mode="min" if lower_is_better(monitor) else "max",
+            check_finite=False,
+            check_on_train_epoch_end=False,  # that would count after the checkpoint is written
+            verbose=False,
+        )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop again at once, if that was decided before a resume."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
 class StepCheckpoints(Callback):
     """step-N.ckpt for a resume: every n steps and after a validated epoch; the newest two stay."""
 
@@ -125,6 +171,8 @@ class StepCheckpoints(Callback):
     def save(self, trainer: L.Trainer) -> None:
         """Write the state of this step, and remove all but the newest two."""
         self.saved_step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()  # flushed first: the curves reach as far as what a resume starts from
         trainer.save_checkpoint(checkpoint.step_path(self.run, trainer.global_step))
         if trainer.is_global_zero:
             for path in checkpoint.step_paths(self.run)[2:]:
@@ -152,7 +200,7 @@ def may_save_here(trainer: L.Trainer, batch_idx: int) -> bool:
 
     Not in the middle of an accumulation, and not at the last batch: the epoch's end is still due.
     """
-    last = batch_idx + 1 >= trainer.num_training_batches
+    last = batch_idx + 1 >= trainer.num_training_batches or trainer.should_stop
     return not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
@@ -227,6 +275,7 @@ class Throughput(Callback):
         self.images, self.seconds, self.steps = 0, 0.0, 0
         self.first_step_at: float | None = None
         self._last: float | None = None
+        self._logged = -1
 
     @property
     def images_per_second(self) -> float | None:
@@ -249,8 +298,11 @@ class Throughput(Callback):
             self.images += len(batch[1]) * trainer.world_size
             self.seconds += now - self._last
         self._last = now
-        if self.images_per_second and pl_module.logs_this_step():
-            pl_module.log("time/images_per_second", self.images_per_second, rank_zero_only=True)
+        step = trainer.global_step - 1  # the one that this batch ended
+        logged = step != self._logged and (step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined] # not in its annotations
+        if self.images_per_second and logged:
+            self._logged = step
+            pl_module.log_step({"time/images_per_second": self.images_per_second}, step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Stop the clock."""

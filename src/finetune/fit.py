@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -22,14 +22,16 @@ import finetune
 from finetune import build, checkpoint
 from finetune.callbacks import (
     BestCheckpoint,
+    EarlyStop,
     Interrupted,
+    MaxSteps,
     Pictures,
     StepCheckpoints,
     StopSignals,
     Throughput,
-    lower_is_better,
     tensorboard,
 )
+from finetune.cli import shown_path
 from finetune.data.base import LabelledImages, Splits
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.record import Record
@@ -57,9 +59,6 @@ def fit(
         with stop.installed():
             if rank == 0:
                 record = open_record(cfg, run)
-                if cfg.resume and record.facts["status"] == "finished":
-                    log.info("%s is finished already; nothing to do", run)
-                    return
                 record.update(status="running", error=None)
             train_and_test(cfg, run, overrides, why_model, record, steps, stop)
     except Interrupted as error:
@@ -122,11 +121,10 @@ def train_and_test(
     resume_from, resumed_at = find_resume(cfg, run)
     best, throughput = BestCheckpoint(run, cfg.monitor), Throughput()
     callbacks: list[Callback] = [throughput, best, Pictures(best), steps, stop]
+    if cfg.max_steps is not None:
+        callbacks.insert(0, MaxSteps(cfg.max_steps))
     if cfg.patience is not None:
-        mode = "min" if lower_is_better(cfg.monitor) else "max"
-        callbacks.append(
-            EarlyStopping(cfg.monitor, patience=cfg.patience, mode=mode, check_finite=False)
-        )
+        callbacks.append(EarlyStop(cfg.monitor, cfg.patience))
     loggers = build.build_loggers(cfg, run, resumed_at)
     trainer = build.build_trainer(cfg, run, budget, callbacks, loggers)
     if record:
@@ -325,11 +323,6 @@ def print_metrics(
         title += f", the 20 worst of {len(per_class)}"
     listed = ", ".join(f"{name} {value:.2f}" for name, value in measured)
     console.print(f"{title}: {listed}", highlight=False, markup=False)
-
-
-def shown_path(run: Path) -> Path:
-    """As short as it can be typed: relative to here, if it lies below."""
-    return run.relative_to(Path.cwd()) if Path.cwd() in run.parents else run
 
 
 def tensorboard_folder(run: Path) -> Path:

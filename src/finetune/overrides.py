@@ -71,7 +71,7 @@ def compose_jobs(command: str, arguments: Sequence[str]) -> list[DictConfig]:
 def with_recorded(arguments: Sequence[str]) -> list[str]:
     """The arguments of a resume: what the run was started with, then what is typed now."""
     typed = [a for a in arguments if not a.startswith("resume=")]
-    run = Path(next(a for a in arguments if a.startswith("resume=")).removeprefix("resume="))
+    run = Path(value_of("resume", arguments) or "")
     if any(a in ("-m", "--multirun") for a in typed):
         raise ConfigError("resume= goes on with one run; leave out -m")
     recorded = recorded_overrides(run)
@@ -102,6 +102,13 @@ def recorded_overrides(run: Path) -> list[str]:
             f"{path} asks for code to be called, which is refused: {', '.join(code)}"
         )
     return recorded
+
+
+def value_of(key: str, arguments: Sequence[str]) -> str | None:
+    """What was typed for a key, the last time; None if it was not, or null."""
+    values = [a.removeprefix(f"{key}=") for a in arguments if a.startswith(f"{key}=")]
+    value = values[-1] if values else "null"
+    return None if value == "null" else value.strip("'\"")
 
 
 def quoted(value: str) -> str:

@@ -11,6 +11,14 @@ Status = Literal["running", "finished", "failed", "interrupted"]
 NAME = "run.json"
 
 
+def taken(run: Path) -> ConfigError:
+    """The message for a fresh start where there is a run."""
+    return ConfigError(
+        f"{run} already holds a run. To go on with it: python train.py resume={run} "
+        "To start another: leave out hydra.run.dir, or name a new folder"
+    )
+
+
 class Record:
     """The run.json of one run directory."""
 
@@ -25,10 +33,7 @@ class Record:
             run.mkdir(parents=True, exist_ok=True)
             path.open("x").close()  # atomic: of two processes one gets it
         except FileExistsError as error:
-            raise ConfigError(
-                f"{run} already holds a run. To go on with it: python train.py resume={run} "
-                "To start another: leave out hydra.run.dir, or name a new folder"
-            ) from error
+            raise taken(run) from error
         except OSError as error:
             raise ConfigError(f"hydra.run.dir: {run} cannot be written: {error}") from error
         record = cls(run, {"status": "running", "error": None, **facts})

@@ -11,17 +11,30 @@ from omegaconf import DictConfig
 
 from finetune import cli
 from finetune.errors import FinetuneError
-from finetune.overrides import CONF, with_recorded
+from finetune.overrides import CONF, value_of, with_recorded
+from finetune.record import NAME, Record, taken
 
 
 def main() -> NoReturn:
     """Entry point of train.py."""
+    arguments = sys.argv[1:]
     try:
-        if any(argument.startswith("resume=") for argument in sys.argv[1:]):
-            sys.argv[1:] = with_recorded(sys.argv[1:])
+        # both before Hydra writes anything into the run directory
+        if resume := value_of("resume", arguments):
+            sys.argv[1:] = with_recorded(arguments)
+            if is_finished(Path(resume)):
+                print(f"{resume} is finished already; nothing to do")
+                sys.exit(0)
+        elif (run := value_of("hydra.run.dir", arguments)) and (Path(run) / NAME).exists():
+            raise taken(Path(run))
     except FinetuneError as error:
         cli.fail(error)
     cli.command("train", task)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether there is nothing to resume. A run that was killed at once has no record yet."""
+    return (run / NAME).exists() and Record.read(run).facts.get("status") == "finished"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")

@@ -1,6 +1,6 @@
 """What every task shares: freezing, parameter groups, the lr of each step, reseeding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -98,10 +98,23 @@ class Task(L.LightningModule):
         for parameter in self._frozen_for_now:
             parameter.grad = None
 
-    def logs_this_step(self) -> bool:
-        """Whether the step in progress is one that the loggers get."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # see Trainer
-        return (self.global_step + 1) % every == 0
+    def logs_this_step(self, batch_idx: int) -> bool:
+        """Whether the loggers get the step that this batch ends, if it ends one."""
+        trainer: Any = self.trainer  # log_every_n_steps is not in its annotations
+        batches = batch_idx + 1
+        last = batches == trainer.num_training_batches
+        steps = last or batches % trainer.accumulate_grad_batches == 0
+        return bool(steps and (self.global_step + 1) % trainer.log_every_n_steps == 0)
+
+    def log_step(self, values: Mapping[str, Tensor | float], step: int) -> None:
+        """Hand values to the loggers at once.
+
+        Lightning's own log does so after on_train_batch_end, when the checkpoint of this step may
+        be written already: a run stopped there would lose the point.
+        """
+        plain = {name: float(value) for name, value in values.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(plain, step)
 
     def learning_rates(self) -> dict[str, float]:
         """lr/<group>: what the step in progress uses."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -27,10 +28,10 @@ class Classification(Task):
         images, labels = batch
         logits = self.model(images)
         loss = F.cross_entropy(logits, labels)
-        if self.logs_this_step():
+        if self.logs_this_step(batch_idx):
             accuracy = (logits.detach().argmax(1) == labels).float().mean()
-            self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy})
-            self.log_dict(self.learning_rates())
+            values = {"train/loss": loss.detach(), "train/accuracy": accuracy}
+            self.log_step(values | self.learning_rates(), self.global_step)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -51,7 +52,10 @@ class Classification(Task):
 
     def _log_split(self, metrics: "SplitMetrics") -> None:
         # computed over all ranks already: the value of one is everybody's
-        self.log_dict(metrics.compute())
+        values = metrics.compute()
+        self.log_dict(values, logger=False)  # for monitor; and to the loggers:
+        # at the last step done; after training a step later, which a resume logs again
+        self.log_step(values, self.global_step - (self.trainer.state.fn == TrainerFn.FITTING))
         self.last_confusion = metrics.confusion.compute().cpu()
         metrics.reset()
 
