@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune.errors import FinetuneError
-from finetune.overrides import asks_for_information, compose_jobs
+from finetune.overrides import asks_for_information, compose_jobs, flags_first
 from finetune.record import Record
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
     name: of the YAML in conf/. task: a function under @hydra.main, which reads sys.argv.
     """
     try:
+        sys.argv[1:] = flags_first(sys.argv[1:])
         if not asks_for_information(sys.argv[1:]):
             jobs = compose_jobs(name, sys.argv[1:])
             from finetune.check import check_all  # late: from here on torch is imported
@@ -65,9 +66,8 @@ def print_sweep(jobs: Sequence[Job]) -> None:
         table.add_row(str(number), " ".join(job.overrides), *cells)
     Console().print(table)
     failed = [job for job in jobs if job.error]
-    print(
-        f"{len(jobs) - len(failed)} of {len(jobs)} jobs done: {shown_path(jobs[0].run.parent)}/<job>"
-    )
+    folder = shown_path(jobs[0].run.parent)
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs done: {folder}/<job>")
     for job in failed:
         print(f"failed: {' '.join(job.overrides)}\n  {job.error}", file=sys.stderr)
 

@@ -44,7 +44,7 @@ def evaluate(cfg: DictConfig) -> None:
         "num_workers": cfg.num_workers,
         "trainer": "default",
         "trainer.accelerator": cfg.trainer.accelerator,
-        "trainer.devices": cfg.trainer.devices,
+        "trainer.devices": 1,
         "trainer.precision": cfg.trainer.precision,
     }
     overrides = [f"{k}={quoted(str(v))}" for k, v in typed.items() if v is not None]

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import re
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,25 @@ CONF = next(
 MOST_JOBS = 200  # of a sweep that are checked before it starts
 
 
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with -m before the overrides: behind them Hydra's parser does not take it."""
+    flags = [a for a in arguments if a in ("-m", "--multirun")]
+    return [*flags, *(a for a in arguments if a not in flags)]
+
+
+def _parsed(arguments: Sequence[str]) -> Namespace:
+    parser = get_args_parser()
+    args, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise ConfigError(
+            f"{' '.join(unknown)}: not understood; overrides are key=value, see --help"
+        )
+    return args
+
+
 def asks_for_information(arguments: Sequence[str]) -> bool:
     """Whether the command line asks for help or for the config, and runs nothing."""
-    args = get_args_parser().parse_args(list(arguments))
+    args = _parsed(arguments)
     return bool(args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
 
 
@@ -40,7 +57,7 @@ def compose_jobs(command: str, arguments: Sequence[str]) -> list[DictConfig]:
     Raises ConfigError that lists every override that does not parse, unknown group option and
     unknown key.
     """
-    args = get_args_parser().parse_args(list(arguments))
+    args = _parsed(arguments)
     if args.config_name or args.config_path:
         raise ConfigError("--config-name and --config-path are not for this command; see --help")
     search_path = (

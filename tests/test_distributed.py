@@ -1,0 +1,110 @@
+"""Several ranks: real gloo processes on the CPU, started as users start them."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import cli, evaluate
+from finetune.overrides import CONF
+
+pytestmark = pytest.mark.ddp
+
+ROOT = CONF.parent
+SMALL = [
+    "model.weights=null",
+    "trainer=ddp_cpu",
+    "batch_size=8",
+    "max_steps=6",
+    "trainer.log_every_n_steps=1",
+]
+
+
+def train(*arguments: str, entry: str = "train.py") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, entry, *SMALL, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+# what a rank holds when training ends, before the best checkpoint is loaded again
+SAVING = """
+import os, torch
+import lightning as L
+from finetune import build, launch
+
+class Save(L.Callback):
+    def on_train_end(self, trainer, task):
+        path = os.path.join(os.environ["SAVE_TO"], f"rank{trainer.global_rank}.pt")
+        torch.save(task.model.state_dict(), path)
+
+original = build.build_trainer
+build.build_trainer = lambda cfg, run, budget, callbacks, loggers: original(
+    cfg, run, budget, [*callbacks, Save()], loggers
+)
+if __name__ == "__main__":
+    from finetune.train import main
+    main()
+"""
+
+
+def test_ranks_end_with_equal_parameters_and_measure_what_one_process_measures(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "saving.py").write_text(SAVING)
+    monkeypatch.setenv("SAVE_TO", str(tmp_path))
+    run = tmp_path / "run"
+    done = train(f"hydra.run.dir={run}", entry=str(tmp_path / "saving.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    parameters = [name for name in first if not name.endswith(statistics)]
+    assert len(parameters) > 10
+    for name in parameters:
+        assert torch.equal(first[name], second[name]), name
+
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["status"] == "finished"
+    assert facts["data"]["counts"] == {"train": 100, "val": 269, "test": 629}  # both odd
+    for split in ("val", "test"):
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate", f"run={run}", f"split={split}", f"output={tmp_path / split}"]
+        )
+        cli.jobs_done.clear()
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main()
+        assert stop.value.code == 0, capsys.readouterr()
+        alone = json.loads((tmp_path / split / "metrics.json").read_text())
+        for name, value in facts[split].items():
+            assert alone[name] == pytest.approx(value, abs=1e-6), name  # sums in another order
+
+
+def test_a_sweep_over_several_ranks_gives_each_job_its_own_overrides_and_one_directory(tmp_path):
+    done = train(
+        "-m", "optimizer.lr=0.01,0.002", "schedule=constant", f"hydra.sweep.dir={tmp_path}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1"]
+    for job, lr in ((0, 0.01), (1, 0.002)):
+        facts = json.loads((tmp_path / str(job) / "run.json").read_text())
+        assert (facts["status"], facts["config"]["optimizer"]["lr"]) == ("finished", lr)
+        rows = csv.DictReader((tmp_path / str(job) / "metrics.csv").read_text().splitlines())
+        rates = {float(row["value"]) for row in rows if row["metric"] == "lr/head"}
+        assert rates == {lr}
+
+
+def test_a_mistake_that_only_the_ranks_find_is_one_message(tmp_path):
+    (tmp_path / "photos").mkdir()
+    done = train(
+        "data=image_folder", f"data.root={tmp_path / 'photos'}", f"hydra.run.dir={tmp_path}/run"
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert str(tmp_path / "photos") in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert json.loads(Path(tmp_path / "run" / "run.json").read_text())["status"] == "failed"
