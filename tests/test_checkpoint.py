@@ -2,6 +2,8 @@
 
 import os
 import pickle
+from contextlib import suppress
+from random import Random
 
 import pytest
 import torch
@@ -81,6 +83,18 @@ def test_a_cut_checkpoint_is_refused_by_name(path, share):
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(CheckpointError, match=r"best\.ckpt cannot be read"):
         checkpoint.read(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about what it finds
+def test_a_damaged_checkpoint_is_read_or_refused_and_nothing_else(path):
+    data, random = path.read_bytes(), Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(random.choice([1, 3, 20])):
+            damaged[random.randrange(len(data))] = random.randrange(256)
+        path.write_bytes(damaged)
+        with suppress(CheckpointError):
+            checkpoint.load(path)
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):

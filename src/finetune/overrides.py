@@ -130,9 +130,10 @@ def value_of(key: str, arguments: Sequence[str]) -> str | None:
 
 def quoted(value: str) -> str:
     """A value for Hydra's override grammar, whatever characters it holds."""
-    if re.fullmatch(r"[\w./:+-]+", value):
+    if re.fullmatch(r"[\w./:+-]+", value, re.ASCII):
         return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # a backslash stands for itself there, but before a quote
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), value) + "'"
 
 
 def _key(override: str) -> str:
@@ -154,7 +155,9 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         try:
             typed.append(parser.parse_override(text))
         except HydraException as error:
-            problems.append(f"{text}: not of the form key=value ({_first_lines(error)})")
+            key, given, value = text.partition("=")
+            hint = f'; quoted: "{key}={quoted(value)}"' if given and not value.isascii() else ""
+            problems.append(f"{text}: not of the form key=value ({_first_lines(error)}){hint}")
     return typed, problems
 
 
