@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from finetune.build import num_devices
 from finetune.callbacks import Interrupted
@@ -60,7 +61,8 @@ def start_ranks(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):  # we tell it ourselves
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -83,12 +85,21 @@ def start_ranks(
     except SignalException as error:
         raise Interrupted(int(error.sigval)) from error
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        codes = {f.exitcode for f in error.failures.values()}
+        codes = {failure.exitcode for failure in error.failures.values()}
         if stopped := codes & STOPPED.keys():
             raise Interrupted(STOPPED[stopped.pop()]) from error
-        kind, _, message = str(failure.message).partition(": ")
-        raise RankFailed(message if kind == "FinetuneError" else str(failure.message)) from error
+        raise RankFailed(said_by(error.get_first_failure()[1])) from error
+
+
+def said_by(failure: ProcessFailure) -> str:
+    """A user's mistake as its message alone; anything else as the rank's traceback."""
+    said = failure.error_file_data.get("message") if failure.error_file_data else None
+    if not isinstance(said, dict):  # it was killed, or could not write
+        return f"rank {failure.local_rank} ended with exit code {failure.exitcode}"
+    _, found, message = str(said["message"]).partition("FinetuneError: ")
+    return (
+        message if found else f"in rank {failure.local_rank}\n{said['extraInfo']['py_callstack']}"
+    )
 
 
 class RankFailed(FinetuneError):
