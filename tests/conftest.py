@@ -2,17 +2,21 @@
 
 import csv
 import importlib
+import io
 import json
 import logging
 import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from PIL import Image
 
 from finetune import cli
 from finetune.overrides import CONF
@@ -57,6 +61,23 @@ def facts_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "run.json").read_text())
 
 
+def write_photos(root: Path, **counts: int) -> Path:
+    """root/<split>/<class>/<i>.png for 3 classes: noise around a colour of the class.
+
+    counts: images per class by split; train=6, val=3, test=3 if none are given.
+    """
+    generator = np.random.default_rng(0)
+    for split, count in (counts or {"train": 6, "val": 3, "test": 3}).items():
+        for label, name in enumerate(("ant", "bee", "cat")):
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = generator.integers(0, 80, (12, 10, 3), np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
 @dataclass
 class Done:
     """What a command left behind."""
@@ -99,6 +120,22 @@ def command(monkeypatch, tmp_path, capsys):
         return Done(int(stop.value.code or 0), said.out, said.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run on a folder of photos, in the folder photos beside it; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    root = write_photos(folder / "photos")
+    arguments = [o for o in SMALL if not o.startswith(("data", "epochs"))]
+    arguments += ["data=image_folder", f"data.root={root}", "epochs=3", "logger=csv"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", ["train.py", *arguments, f"hydra.run.dir={folder / 'run'}"])
+        patch.setattr(cli, "jobs_done", [])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module("finetune.train").main()
+    assert not stop.value.code
+    return folder / "run"
 
 
 @pytest.fixture
