@@ -1,6 +1,7 @@
 """From a command line to a job and an exit code: the one place that prints a user's mistakes."""
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -8,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from finetune.errors import FinetuneError
+from hydra.errors import HydraException
+
+from finetune.errors import ConfigError, FinetuneError
 from finetune.overrides import asks_for_information, compose_jobs, flags_first
 from finetune.record import Record
 
@@ -32,6 +35,7 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
 
     name: of the YAML in conf/. task: a function under @hydra.main, which reads sys.argv.
     """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
     try:
         sys.argv[1:] = flags_first(sys.argv[1:])
         if not asks_for_information(sys.argv[1:]):
@@ -42,6 +46,10 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
         task()
     except FinetuneError as error:
         fail(error)
+    except HydraException as error:
+        fail(ConfigError(str(error)))
+    except OSError as error:  # Hydra makes the run directory
+        fail(ConfigError(f"hydra.run.dir: {error.filename} cannot be written: {error.strerror}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
