@@ -149,6 +149,8 @@ def train_and_test(
     if confusion is not None:
         per_class = dict(zip(splits.classes, per_class_accuracy(confusion), strict=True))
     write_hparams(trainer, cfg, overrides, test or val)
+    for logger in trainer.loggers:
+        logger.finalize("success")  # closed by Lightning after the test, and opened again since
     record.update(
         best={k: best.best[k] for k in ("epoch", "step", "monitor", "value")}
         | {"path": str(best.path.relative_to(run))},

@@ -1,0 +1,149 @@
+"""What is kept of a run, and how it stops."""
+
+import signal
+import threading
+
+import pytest
+import torch
+
+from conftest import SMALL, facts_of, metrics_of, series
+from finetune import checkpoint
+from finetune.callbacks import (
+    Interrupted,
+    StepCheckpoints,
+    StopSignals,
+    confusion_figure,
+    lower_is_better,
+)
+from finetune.tasks.classification import Classification, per_class_accuracy
+
+
+@pytest.mark.parametrize("monitor", ["val/accuracy", "val/f1", "val/loss", "val/ece"])
+def test_the_best_checkpoint_is_the_best_by_its_monitor(train, monitor):
+    run = train(f"monitor={monitor}", "epochs=4", "optimizer.lr=0.05")
+    best = min if monitor in ("val/loss", "val/ece") else max
+    values = series(run, monitor)
+    facts = facts_of(run)
+    assert facts["best"]["value"] == best(values)
+    assert facts["best"]["epoch"] == values.index(best(values))
+    saved = checkpoint.read(checkpoint.best_path(run))
+    assert (saved.monitor, saved.value, saved.epoch) == (
+        monitor, best(values), facts["best"]["epoch"],
+    )  # fmt: skip
+    assert facts["val"][monitor] == best(values)
+
+
+def test_which_metrics_are_better_when_lower():
+    names = ("accuracy", "f1", "top5", "loss", "ece")
+    assert [lower_is_better(f"val/{name}") for name in names] == [False] * 3 + [True] * 2
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best(train, monkeypatch):
+    compute, calls = Classification._log_split, []
+
+    def nan_later(self, metrics):
+        calls.append(1)
+        if len(calls) > 1:
+            metrics.loss.update(torch.tensor(1.0), weight=0.0)
+            metrics.loss.mean_value.fill_(float("nan"))
+        compute(self, metrics)
+
+    monkeypatch.setattr(Classification, "_log_split", nan_later)
+    facts = facts_of(train("monitor=val/loss", "epochs=3"))
+    assert facts["best"]["epoch"] == 0
+
+
+def test_the_newest_two_step_checkpoints_stay(train):
+    run = train("checkpoint.every_n_steps=3", "epochs=3")
+    assert [path.name for path in checkpoint.step_paths(run)] == ["step-15.ckpt", "step-12.ckpt"]
+    assert {path.suffix for path in (run / "checkpoints").iterdir()} == {".ckpt"}
+
+
+def test_a_step_checkpoint_loads_with_weights_only(train):
+    path = checkpoint.step_paths(train("epochs=1"))[0]
+    content = torch.load(path, weights_only=True)
+    assert {"state_dict", "optimizer_states", "loops", "callbacks"} <= content.keys()
+
+
+def test_no_checkpoint_in_the_middle_of_an_accumulation(train, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        StepCheckpoints, "save",
+        lambda self, trainer: saved.append((trainer.global_step,
+                                            trainer.fit_loop.epoch_loop.batch_idx)),
+    )  # fmt: skip
+    train("checkpoint.every_n_steps=1", "trainer.accumulate_grad_batches=2", "epochs=1")
+    # 5 batches are 3 steps; the last one is saved at the epoch's end
+    assert saved[:3] == [(1, 1), (2, 3), (3, 4)]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("when", ["training", "validation", "test"])
+def test_a_signal_stops_a_run_and_its_record_says_so(command, tmp_path, monkeypatch, name, when):
+    signum = getattr(signal, name)
+    hook = {"training": "on_after_backward", "validation": "on_validation_start",
+            "test": "on_test_start"}[when]  # fmt: skip
+    original = getattr(Classification, hook)
+
+    def interrupted(task, *args):
+        if task.global_step >= 7 or when == "test":
+            signal.raise_signal(signum)
+        return original(task, *args)
+
+    monkeypatch.setattr(Classification, hook, interrupted)
+    done = command("train", *SMALL, "logger=csv", "hydra.run.dir=run")
+    assert done.code == 128 + signum
+    facts = facts_of(tmp_path / "run")
+    assert (facts["status"], facts["error"]) == ("interrupted", f"stopped by {name}")
+    assert done.out.rstrip().endswith("To go on: python train.py resume=run")
+    assert "Traceback" not in done.out + done.err
+
+
+def test_a_second_signal_stops_at_once():
+    stop = StopSignals(None)
+    with stop.installed():
+        stop.fitting = True
+        signal.raise_signal(signal.SIGTERM)  # waits for the batch
+        with pytest.raises(Interrupted) as error:
+            signal.raise_signal(signal.SIGINT)
+    assert error.value.signum == signal.SIGINT
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with StopSignals(None).installed():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert after == before
+
+
+def test_a_signal_before_training_stops_at_once():
+    with StopSignals(None).installed(), pytest.raises(Interrupted):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_max_steps_ends_with_a_validation_of_its_step(train):
+    run = train("max_steps=7", "epochs=5")
+    rows = metrics_of(run)
+    assert [step for step, name, _ in rows if name == "train/loss"] == list(range(7))
+    assert [step for step, name, _ in rows if name == "val/accuracy"] == [4, 6]
+    assert checkpoint.step_paths(run)[0].name == "step-7.ckpt"
+
+
+def test_the_confusion_matrix_is_drawn_for_few_and_many_classes():
+    for num in (2, 25, 70):
+        counts = torch.eye(num, dtype=torch.long) * 3
+        figure = confusion_figure(counts, tuple(f"c{i}" for i in range(num)))
+        (axes,) = figure.axes
+        assert len(axes.texts) == (num if num <= 20 else 0)
+        assert len(axes.get_xticklabels()) == num or num > 60
+
+
+def test_accuracy_per_class_is_none_without_images():
+    assert per_class_accuracy(torch.tensor([[3, 1], [0, 0]])) == [0.75, None]
+
+
+def test_no_thread_is_left_behind(train):
+    before = set(threading.enumerate())
+    train("logger=tensorboard", "epochs=1")
+    assert set(threading.enumerate()) <= before

@@ -1,0 +1,161 @@
+"""Batches as the training gets them."""
+
+import pytest
+import torch
+
+from conftest import composed
+from finetune import build
+from finetune.data.base import ImageArray, ImageFiles, LabelledImages, Splits
+from finetune.data.fake import fake
+from finetune.data.sampler import epoch_order
+from finetune.data.transforms import evaluation, strong
+from finetune.datamodule import DataModule, collate
+from finetune.errors import DataError
+from finetune.specs import InputSpec
+
+SPEC = InputSpec(8, 8)
+
+
+class Trainer:
+    """What a DataModule asks a trainer for: where the training stands, and the ranks."""
+
+    def __init__(self, epoch=0, batch=0, rank=0, world_size=1):
+        self.current_epoch, self.global_rank, self.world_size = epoch, rank, world_size
+        self.ready = batch
+        self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
+
+
+def datamodule(num_workers=0, **stands):
+    splits = fake(num_classes=3, num_images=45, image_size=8)
+    module = DataModule(splits, strong(SPEC), evaluation(SPEC), 4, num_workers, seed=0)
+    module.trainer = Trainer(**stands)
+    return module
+
+
+def stacked(loader):
+    return [(images.clone(), labels.clone()) for images, labels in loader]
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y)
+        for one, two in zip(a, b, strict=True)
+        for x, y in zip(one, two, strict=True)
+    )
+
+
+def test_a_batch_is_uint8_images_and_their_labels():
+    images, labels = next(iter(datamodule().train_dataloader()))
+    assert (images.shape, images.dtype) == ((4, 3, 8, 8), torch.uint8)
+    assert (labels.shape, labels.dtype) == ((4,), torch.int64)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_do_not_change_the_augmented_images(num_workers):
+    alone = stacked(datamodule(epoch=2).train_dataloader())
+    assert equal(stacked(datamodule(num_workers, epoch=2).train_dataloader()), alone)
+
+
+def test_an_image_is_augmented_anew_in_every_epoch():
+    epochs = [stacked(datamodule(epoch=epoch).train_dataloader()) for epoch in (0, 1)]
+    assert not equal(*epochs)
+    labels = [sorted(torch.cat([label for _, label in batches]).tolist()) for batches in epochs]
+    assert labels[0] == labels[1]
+
+
+def test_an_epoch_taken_up_in_its_middle_has_the_same_images():
+    whole = stacked(datamodule(epoch=1).train_dataloader())
+    assert equal(stacked(datamodule(epoch=1, batch=3).train_dataloader()), whole[3:])
+
+
+def test_persistent_workers_follow_the_epochs():
+    module = datamodule(num_workers=1)
+    loader = module.train_dataloader()
+    for epoch in range(3):
+        module.trainer.current_epoch = epoch
+        assert equal(stacked(loader), stacked(datamodule(epoch=epoch).train_dataloader()))
+
+
+def test_where_the_training_stands_is_asked_at_the_first_batch():
+    module = datamodule()
+    batches = iter(module.train_dataloader())
+    module.trainer.current_epoch = 2  # as a resume sets it: after iter()
+    assert equal(list(batches), stacked(datamodule(epoch=2).train_dataloader()))
+
+
+def test_evaluation_is_in_order_and_not_augmented():
+    module = datamodule()
+    images = torch.cat([images for images, _ in module.val_dataloader()])
+    val = module.splits.val
+    assert torch.equal(images, torch.stack([val[i][0] for i in range(len(val))]))
+    labels = torch.cat([labels for _, labels in module.test_dataloader()]).tolist()
+    assert labels == list(module.splits.test.labels)
+
+
+def test_two_ranks_measure_every_image_once():
+    val = datamodule().splits.val
+    seen = []
+    for rank in range(2):
+        for images, _ in datamodule(rank=rank, world_size=2).val_dataloader():
+            seen += [tuple(image.flatten().tolist()) for image in images]
+    assert sorted(seen) == sorted(tuple(val[i][0].flatten().tolist()) for i in range(len(val)))
+
+
+def test_fewer_images_than_devices_is_an_error():
+    module = datamodule(world_size=40)
+    with pytest.raises(DataError, match=r"train has 27 images, but 40 devices need at least 80"):
+        module.train_dataloader()
+    with pytest.raises(DataError, match=r"val has 9 images"):
+        module.val_dataloader()
+
+
+def test_the_pictures_show_what_the_first_batch_holds():
+    module = datamodule()
+    first = next(iter(module.train_dataloader()))[0]
+    assert torch.equal(module.first_training_images(4), first)
+    assert len(module.first_training_images(100)) == 27
+
+
+def test_workers_are_for_files_and_not_for_images_in_memory(tmp_path):
+    in_memory = LabelledImages.of(ImageArray(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), [0, 1])
+    files = LabelledImages.of(ImageFiles([tmp_path / "a.png", tmp_path / "b.png"]), [0, 1])
+    chosen = [
+        DataModule(Splits(("a", "b"), s, s, s), strong(SPEC), evaluation(SPEC), 4).num_workers
+        for s in (in_memory, files)
+    ]
+    assert chosen[0] == 0
+    assert 0 <= chosen[1] <= 8
+
+
+def test_a_batch_of_one_image_is_a_batch():
+    images, labels = collate([(torch.zeros(3, 2, 2, dtype=torch.uint8), 1)])
+    assert images.shape == (1, 3, 2, 2)
+    assert labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "overrides", "expected"),
+    [
+        (128, [], (250, 2, 500)),  # 500 steps for a few images
+        (6400, [], (10, 100, 1000)),
+        (6400, ["epochs=3"], (3, 100, 300)),
+        (6400, ["max_steps=250"], (3, 100, 250)),
+        (6400, ["max_steps=0"], (None, 100, 0)),
+        (6400, ["epochs=2", "max_steps=1000"], (2, 100, 200)),
+        (6400, ["epochs=2", "trainer.accumulate_grad_batches=3"], (2, 34, 68)),
+        (6401, ["epochs=1"], (1, 100, 100)),  # the last image joins a batch
+        (3, ["epochs=2"], (2, 1, 2)),
+    ],
+)
+def test_how_long_a_run_trains(num_images, overrides, expected):
+    cfg = composed("data=fake", "trainer.accelerator=cpu", "batch_size=64", *overrides)
+    budget = build.build_budget(cfg, num_images)
+    epochs, steps, total = expected
+    assert (budget.steps_per_epoch, budget.total_steps) == (steps, total)
+    assert epochs in (None, budget.epochs)
+
+
+def test_the_order_of_the_first_epoch_is_the_public_one():
+    module = datamodule()
+    labels = torch.cat([labels for _, labels in module.train_dataloader()]).tolist()
+    assert labels == [module.splits.train.labels[i] for i in epoch_order(27, seed=0, epoch=0)]
