@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from finetune.callbacks import (
 )
 from finetune.cli import shown_path
 from finetune.data.base import LabelledImages, Splits
+from finetune.datamodule import DataModule
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.loggers import end_wandb
 from finetune.record import Record
-from finetune.tasks.base import parameter_counts
+from finetune.tasks.base import Task, parameter_counts
 from finetune.tasks.classification import per_class_accuracy
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,8 @@ def fit(
             kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
             record.update(status="failed", error=f"{kind}{error}")
         raise
+    finally:
+        end_wandb()
 
 
 def train_and_test(
@@ -86,38 +91,7 @@ def train_and_test(
 ) -> None:
     """The run itself. record: None on all ranks but the first."""
     began = time.time()
-    splits = build.build_splits(cfg)
-    log.info("model: %s", why_model)
-    model = build.build_model(cfg, splits.classes)
-    budget = build.build_budget(cfg, len(splits.train))
-    task = build.build_task(cfg, model, budget)
-    task.freeze_what_never_trains()
-    trains, parameters = parameter_counts(model)
-    datamodule = build.build_datamodule(cfg, splits, model)
-    counts = {name: len(images) for name, images in named_splits(splits).items()}
-    listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-    log.info("data: %s, %d classes", listed, len(splits.classes))
-    log.info("%s of %s parameters train", f"{trains:,}", f"{parameters:,}")
-    log.info(
-        "%d steps: %d epochs of %d, validated every %s",
-        budget.total_steps, budget.epochs, budget.steps_per_epoch,
-        "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs",
-    )  # fmt: skip
-    if record:
-        record.update(
-            data={
-                "classes": list(splits.classes),
-                "counts": {"train": 0, "val": 0, "test": 0} | counts,
-                "skipped": list(splits.skipped),
-            },
-            model={
-                **model.backbone.recipe,
-                "weights": cfg.model.get("weights"),
-                "parameters": parameters,
-                "trainable": trains,
-            },
-        )
-
+    parts = prepare(cfg, why_model)
     resume_from, resumed_at = find_resume(cfg, run)
     best, throughput = BestCheckpoint(run, cfg.monitor), Throughput()
     callbacks: list[Callback] = [throughput, best, Pictures(best), steps, stop]
@@ -126,45 +100,111 @@ def train_and_test(
     if cfg.patience is not None:
         callbacks.append(EarlyStop(cfg.monitor, cfg.patience))
     loggers = build.build_loggers(cfg, run, resumed_at)
-    trainer = build.build_trainer(cfg, run, budget, callbacks, loggers)
+    trainer = build.build_trainer(cfg, run, parts.budget, callbacks, loggers)
     if record:
-        record.update(device=device_name(trainer))
+        record.update(**facts_of(parts, cfg), device=device_name(trainer))
 
-    if budget.total_steps > 0:
-        trainer.fit(task, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
-    if best.validated_step != trainer.global_step:  # max_steps ended within an epoch, or is 0
-        trainer.validate(task, datamodule=datamodule, verbose=False)
-    val, confusion = dict(best.best["metrics"]), best.confusion
-    test, shown = {}, "val"
-    if splits.test is None:
-        log.info("no test split: nothing is tested; val chose the best and is no fair estimate")
-    else:
-        task.model.load_state_dict(checkpoint.read(best.path).state_dict)
-        trainer.test(task, datamodule=datamodule, verbose=False)
-        test = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-        confusion, shown = task.last_confusion, "test"
-    if not record:
-        return
-    per_class = {}
-    if confusion is not None:
-        per_class = dict(zip(splits.classes, per_class_accuracy(confusion), strict=True))
-    write_hparams(trainer, cfg, overrides, test or val)
+    if parts.budget.total_steps > 0:
+        trainer.fit(parts.task, parts.datamodule, ckpt_path=resume_from, weights_only=True)
+    if best.validated_step != trainer.global_step:  # nothing was trained, or max_steps is 0
+        trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)
+    results = measure_best(trainer, parts, best)
+
+    if record:
+        write_hparams(trainer, cfg, overrides, results.test or results.val)
     for logger in trainer.loggers:
         logger.finalize("success")  # closed by Lightning after the test, and opened again since
-    record.update(
-        best={k: best.best[k] for k in ("epoch", "step", "monitor", "value")}
-        | {"path": str(best.path.relative_to(run))},
-        val=val,
-        test=test,
-        per_class_accuracy={shown: per_class},
-        images_per_second=throughput.images_per_second,
-        seconds=time.time() - began,
-        time_to_first_step=throughput.first_step_at and throughput.first_step_at - finetune.STARTED,
-    )
-    record.update(status="finished")  # last: all before can be repeated
-    print_metrics({"val": val} | ({"test": test} if test else {}), per_class, shown)
-    log.info("run: %s", shown_path(run))
-    log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
+    if record:
+        first_step = throughput.first_step_at
+        record.update(
+            best={k: best.best[k] for k in ("epoch", "step", "monitor", "value")}
+            | {"path": str(best.path.relative_to(run))},
+            val=results.val,
+            test=results.test,
+            per_class_accuracy={results.per_class_split: results.per_class},
+            images_per_second=throughput.images_per_second,
+            seconds=time.time() - began,
+            time_to_first_step=first_step and first_step - finetune.STARTED,
+        )
+        record.update(status="finished")  # last: all before can be repeated
+        splits = {"val": results.val} | ({"test": results.test} if results.test else {})
+        print_metrics(splits, results.per_class, results.per_class_split)
+        log.info("run: %s", shown_path(run))
+        log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    splits: Splits
+    budget: build.Budget
+    task: Task
+    datamodule: DataModule
+
+
+def prepare(cfg: DictConfig, why_model: str) -> Parts:
+    """Build data, model and task, and say what they are."""
+    splits = build.build_splits(cfg)
+    log.info("model: %s", why_model)
+    model = build.build_model(cfg, splits.classes)
+    budget = build.build_budget(cfg, len(splits.train))
+    task = build.build_task(cfg, model, budget)
+    task.freeze_what_never_trains()
+    counts = (f"{name} {len(images)}" for name, images in named_splits(splits).items())
+    log.info("data: %s, %d classes", ", ".join(counts), len(splits.classes))
+    log.info("{:,} of {:,} parameters train".format(*parameter_counts(model)))
+    log.info(
+        "%d steps: %d epochs of %d, validated every %s",
+        budget.total_steps, budget.epochs, budget.steps_per_epoch,
+        "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs",
+    )  # fmt: skip
+    return Parts(splits, budget, task, build.build_datamodule(cfg, splits, model))
+
+
+def facts_of(parts: Parts, cfg: DictConfig) -> dict[str, Any]:
+    """Data and model, for run.json."""
+    counts = {name: len(images) for name, images in named_splits(parts.splits).items()}
+    trainable, parameters = parameter_counts(parts.task.model)
+    return {
+        "data": {
+            "classes": list(parts.splits.classes),
+            "counts": {"train": 0, "val": 0, "test": 0} | counts,
+            "skipped": list(parts.splits.skipped),
+        },
+        "model": {
+            **parts.task.model.backbone.recipe,
+            "weights": cfg.model.get("weights"),
+            "parameters": parameters,
+            "trainable": trainable,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the best checkpoint reached. test: empty without a test split."""
+
+    val: dict[str, float]
+    test: dict[str, float]
+    per_class: dict[str, float | None]
+    per_class_split: str
+
+
+def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint) -> Results:
+    """Val as it was at the best; test, read once, with the weights of the best."""
+    val, confusion = dict(best.best["metrics"]), best.confusion
+    test: dict[str, float] = {}
+    if parts.splits.test is None:
+        log.info("no test split: nothing is tested; val chose the best and is no fair estimate")
+    else:
+        parts.task.model.load_state_dict(checkpoint.read(best.path).state_dict)
+        trainer.test(parts.task, datamodule=parts.datamodule, verbose=False)
+        test = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+        confusion = parts.task.last_confusion
+    assert confusion is not None  # of the last validation or test
+    per_class = dict(zip(parts.splits.classes, per_class_accuracy(confusion), strict=True))
+    return Results(val, test, per_class, "test" if test else "val")
 
 
 def named_splits(splits: Splits) -> dict[str, LabelledImages]:

@@ -1,6 +1,7 @@
 """Loggers that write straight into the run directory, and go on where a resume does."""
 
 import csv
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -94,15 +95,23 @@ def wandb(run: Path, resumed_at: int | None, project: str, offline: bool) -> Log
     try:
         from lightning.pytorch.loggers import WandbLogger
 
+        name = f"{run.absolute().parent.name}-{run.name}"  # of two sweeps, each has a job 0
         return WandbLogger(
             project=project,
             offline=offline,
             save_dir=run,
-            id=run.name,
-            name=run.name,
+            id=name,
+            name=name,
             resume="allow",
         )
     except ModuleNotFoundError as error:
         raise ConfigError(
             'logger=wandb needs wandb; type: pip install "finetune[wandb]"'
         ) from error
+
+
+def end_wandb() -> None:
+    """End the wandb run, if there is one: the next job of a sweep must get its own."""
+    module = sys.modules.get("wandb")
+    if module is not None and module.run is not None:
+        module.run.finish()
