@@ -84,6 +84,31 @@ def test_ranks_end_with_equal_parameters_and_measure_what_one_process_measures(
             assert alone[name] == pytest.approx(value, abs=1e-6), name  # sums in another order
 
 
+# a disk slower than the other rank
+SLOW_DISK = """
+import time
+from finetune import callbacks
+
+original = callbacks.write_best
+
+def write_best(*arguments):
+    time.sleep(2)
+    original(*arguments)
+
+callbacks.write_best = write_best
+if __name__ == "__main__":
+    from finetune.train import main
+    main()
+"""
+
+
+def test_all_ranks_wait_for_the_best_checkpoint_before_they_test_it(tmp_path):
+    (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
+    run = f"hydra.run.dir={tmp_path}/run"
+    done = train("max_steps=0", run, entry=str(tmp_path / "slow_disk.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_sweep_over_several_ranks_gives_each_job_its_own_overrides_and_one_directory(tmp_path):
     done = train(
         "-m", "optimizer.lr=0.01,0.002", "schedule=constant", f"hydra.sweep.dir={tmp_path}"

@@ -104,6 +104,7 @@ class BestCheckpoint(Callback):
         state = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
             write_best(self.path, pl_module.model, state, self.best)
+        trainer.strategy.barrier()  # every rank may read it next
 
 
 def write_best(
