@@ -76,6 +76,26 @@ def test_a_sweep_over_options_checks_each():
     assert "epoch: no such key" in message
 
 
+def test_a_folder_of_ones_own_adds_options(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "defaults: [torchvision, _self_]\nname: resnext50_32x4d\n"
+    )
+    (job,) = compose_jobs("train", ["model=mine", "--config-dir", str(tmp_path)])
+    assert job.model.name == "resnext50_32x4d"
+    assert "close: mine" in refused("model=mime", "--config-dir", str(tmp_path))
+
+
+def test_conf_local_sets_any_key_and_what_is_typed_stands_above_it(tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text("batch_size: 7\ntrainer: {devices: 2}\n")
+    folder = ["--config-dir", str(tmp_path)]
+    (job,) = compose_jobs("train", folder)
+    assert (job.batch_size, job.trainer.devices, job.trainer.accelerator) == (7, 2, "auto")
+    (job,) = compose_jobs("train", [*folder, "batch_size=9"])
+    assert job.batch_size == 9
+
+
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
 def test_other_commands_know_their_keys_too(command):
     message = refused("run=x", "inputs=y", "splitt=val", command=command)

@@ -68,8 +68,8 @@ def compose_jobs(command: str, arguments: Sequence[str]) -> list[DictConfig]:
         swept = [o.get_key_element() for o in typed if o.is_sweep_override()]
         if swept and not args.multirun:
             problems += [f"{key}: several values are a sweep; add -m" for key in swept]
-        groups = [o for o in typed if _is_group(o, command)]
-        problems += [p for o in groups for p in _unknown_options(o, command)]
+        groups = [o for o in typed if _is_group(o, command, search_path)]
+        problems += [p for o in groups for p in _unknown_options(o, command, search_path)]
         if problems:
             problems += _unknown_keys(command, typed, groups, search_path, tolerant=True)
             raise ConfigError(_listed(problems))
@@ -161,14 +161,14 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     return typed, problems
 
 
-def _is_group(override: Override, command: str) -> bool:
-    return bool(_options(override.key_or_group.lstrip("/"), command))
+def _is_group(override: Override, command: str, search_path: list[str]) -> bool:
+    return bool(_options(override.key_or_group.lstrip("/"), command, search_path))
 
 
-def _options(group: str, command: str) -> list[str]:
+def _options(group: str, command: str, search_path: list[str]) -> list[str]:
     loader = GlobalHydra.instance().config_loader()
     options: list[str] = loader.get_group_options(
-        group, ObjectType.CONFIG, config_name=command, overrides=[]
+        group, ObjectType.CONFIG, config_name=command, overrides=search_path
     )
     return options
 
@@ -179,11 +179,11 @@ def _values(override: Override) -> list[str]:
     return [str(override.value())]
 
 
-def _unknown_options(override: Override, command: str) -> Iterator[str]:
+def _unknown_options(override: Override, command: str, search_path: list[str]) -> Iterator[str]:
     if override.is_delete():
         return
     group = override.key_or_group.lstrip("/")
-    options = _options(group, command)
+    options = _options(group, command, search_path)
     for value in _values(override):
         if value not in options and value != "None":
             yield (
@@ -201,7 +201,7 @@ def _unknown_keys(
 ) -> list[str]:
     """Keys that no job's config has. tolerant: groups whose option is unknown are left out."""
     if tolerant:
-        groups = [o for o in groups if not list(_unknown_options(o, command))]
+        groups = [o for o in groups if not list(_unknown_options(o, command, search_path))]
     group_keys = {id(o) for o in groups}
     problems: dict[str, str] = {}
     for job in itertools.islice(_jobs(groups), MOST_JOBS):
@@ -214,7 +214,11 @@ def _unknown_keys(
             key = override.key_or_group
             if id(override) in group_keys or override.is_add() or override.is_force_add():
                 continue
-            if key in known or key.startswith("hydra.") or _is_group(override, command):
+            if (
+                key in known
+                or key.startswith("hydra.")
+                or _is_group(override, command, search_path)
+            ):
                 continue
             group, _, inner = key.partition(".")
             choice = cfg.hydra.runtime.choices.get(group)
