@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,20 +88,25 @@ class Done:
     err: str
 
 
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    """Commands configure logging; put it back, and close train.log."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch",)}
+@contextmanager
+def logging_kept() -> Iterator[None]:
+    """Commands configure logging; put it back after, and close train.log."""
+    root, lightning = logging.getLogger(), logging.getLogger("lightning.pytorch")
+    handlers, levels = root.handlers[:], (root.level, lightning.level)
     yield
     for handler in root.handlers:
-        if handler not in before:
+        if handler not in handlers:
             handler.close()
-    root.handlers[:] = before
-    root.setLevel(level)
-    for name, value in levels.items():
-        logging.getLogger(name).setLevel(value)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    lightning.setLevel(levels[1])
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """What one test's command did to logging is not seen by the next."""
+    with logging_kept():
+        yield
 
 
 @pytest.fixture
@@ -122,6 +128,18 @@ def command(monkeypatch, tmp_path, capsys):
     return run
 
 
+def finish(folder: Path, *arguments: str) -> Path:
+    """Train to the end by train.py's entry point, without the fixtures of one test."""
+    silent = redirect_stdout(io.StringIO())
+    with logging_kept(), pytest.MonkeyPatch.context() as patch, silent:
+        patch.setattr(sys, "argv", ["train.py", *arguments, f"hydra.run.dir={folder}"])
+        patch.setattr(cli, "jobs_done", [])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module("finetune.train").main()
+    assert not stop.value.code
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A finished run on a folder of photos, in the folder photos beside it; not to be changed."""
@@ -129,13 +147,7 @@ def trained(tmp_path_factory):
     root = write_photos(folder / "photos")
     arguments = [o for o in SMALL if not o.startswith(("data", "epochs"))]
     arguments += ["data=image_folder", f"data.root={root}", "epochs=3", "logger=csv"]
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
-        patch.setattr(sys, "argv", ["train.py", *arguments, f"hydra.run.dir={folder / 'run'}"])
-        patch.setattr(cli, "jobs_done", [])
-        with pytest.raises(SystemExit) as stop:
-            importlib.import_module("finetune.train").main()
-    assert not stop.value.code
-    return folder / "run"
+    return finish(folder / "run", *arguments)
 
 
 @pytest.fixture

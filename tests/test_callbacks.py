@@ -77,8 +77,13 @@ def test_no_checkpoint_in_the_middle_of_an_accumulation(train, monkeypatch):
     assert saved[:3] == [(1, 1), (2, 3), (3, 4)]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-@pytest.mark.parametrize("when", ["training", "validation", "test"])
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("SIGTERM", "training"), ("SIGINT", "training"), ("SIGUSR1", "training"),
+        ("SIGTERM", "validation"), ("SIGINT", "test"),
+    ],
+)  # fmt: skip
 def test_a_signal_stops_a_run_and_its_record_says_so(command, tmp_path, monkeypatch, name, when):
     signum = getattr(signal, name)
     hook = {"training": "on_after_backward", "validation": "on_validation_start",

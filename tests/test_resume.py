@@ -5,13 +5,19 @@ import signal
 import pytest
 import torch
 
-from conftest import SMALL, facts_of, metrics_of
+from conftest import SMALL, facts_of, finish, metrics_of
 from finetune import checkpoint
 from finetune.callbacks import StepCheckpoints
 from finetune.tasks.classification import Classification
 
 # 15 steps, 5 of an epoch
 RUN = (*SMALL, "epochs=3", "augment=strong", "logger=csv")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """RUN without interruption; not to be changed."""
+    return finish(tmp_path_factory.mktemp("whole") / "run", *RUN)
 
 
 @pytest.fixture
@@ -81,8 +87,7 @@ def assert_same_end(run, uninterrupted):
     assert mine["status"] == "finished"
 
 
-def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_path, at_step):
-    assert command("train", *RUN, "hydra.run.dir=whole").code == 0
+def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_path, at_step, whole):
     run = tmp_path / "run"
     arguments = [*RUN, "hydra.run.dir=run"]
     for step in (1, 4, 5, 8):  # 4: the last of an epoch
@@ -95,7 +100,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_pat
         arguments = ["resume=run"]
     resumed = command("train", *arguments)
     assert resumed.code == 0, resumed.err
-    assert_same_end(run, tmp_path / "whole")
+    assert_same_end(run, whole)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,7 @@ def test_a_run_that_crashed_ends_with_the_same_bytes(command, tmp_path, at_step,
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("changes", [(), ("patience=1", "epochs=6"), ("max_steps=8",)])
+@pytest.mark.parametrize("changes", [("patience=1", "epochs=6"), ("max_steps=8",)])
 def test_a_run_lost_before_its_test_does_not_train_again(command, tmp_path, monkeypatch, changes):
     assert command("train", *RUN, *changes, "hydra.run.dir=whole").code == 0
     with monkeypatch.context() as patch:
@@ -133,8 +138,9 @@ def test_a_run_lost_before_its_test_does_not_train_again(command, tmp_path, monk
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_resume_starts_from_the_newest_checkpoint_that_can_be_read(command, tmp_path, at_step):
-    assert command("train", *RUN, "hydra.run.dir=whole").code == 0
+def test_resume_starts_from_the_newest_checkpoint_that_can_be_read(
+    command, tmp_path, at_step, whole
+):
     at_step(12, lose)
     command("train", *RUN, "hydra.run.dir=run")
     last, earlier = checkpoint.step_paths(tmp_path / "run")
@@ -142,16 +148,17 @@ def test_resume_starts_from_the_newest_checkpoint_that_can_be_read(command, tmp_
     resumed = command("train", "resume=run")
     assert f"{last.name} is passed over" in resumed.out
     assert f"resuming from {earlier}" in resumed.out
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert_same_end(tmp_path / "run", whole)
 
 
-def test_a_run_lost_before_its_first_checkpoint_starts_anew_and_says_so(command, tmp_path, at_step):
-    assert command("train", *RUN, "hydra.run.dir=whole").code == 0
+def test_a_run_lost_before_its_first_checkpoint_starts_anew_and_says_so(
+    command, tmp_path, at_step, whole
+):
     at_step(2, lose)
     command("train", *RUN, "hydra.run.dir=run")
     resumed = command("train", "resume=run")
     assert "no checkpoint to resume from; starting from step 0" in resumed.out
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert_same_end(tmp_path / "run", whole)
 
 
 def files_of(run):
