@@ -59,3 +59,7 @@ def why_model(overrides: Sequence[str], choices: Mapping[str, str]) -> str:
     if model == "tiny":
         return f"tiny, since no model= was given and it is made for the 8 x 8 images of data={data}"
     return f"{model} with its pretrained weights, since no model= was given"
+
+
+if __name__ == "__main__":  # where the package is installed without a checkout
+    main()
