@@ -344,6 +344,8 @@ def test_options_build_as_they_are_written(group, reader, monkeypatch):
     overrides = group.split()
     if not any(word.startswith("data=") for word in overrides):
         overrides += ["data=image_folder", "data.root=photos"]  # whose model is resnet50
+    if "model" not in group:
+        overrides += ["model=tiny"]  # as good as another, and soon built
     if "model.weights=FILE" in overrides:
         own = "model=module" in overrides
         state = {"0.weight": torch.ones(4, 3, 3, 3)} if own else new_weights("resnet50")
