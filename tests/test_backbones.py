@@ -432,7 +432,7 @@ def test_timm_without_network_names_the_address(monkeypatch):
 
 def test_timm_that_is_not_installed_says_how_to(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"pip install \"finetune\[timm\]\""):
+    with pytest.raises(ConfigError, match=r"pip install -e \"\.\[timm\]\""):
         timm("resnet18")
 
 

@@ -155,7 +155,7 @@ def test_an_extra_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     message = refused("train", *SMALL, "logger=wandb", "logger.offline=true")
-    assert 'pip install "finetune[wandb]"' in message
+    assert 'pip install -e ".[wandb]"' in message
 
 
 def test_a_failing_job_of_a_sweep_does_not_stop_the_others(command, tmp_path):

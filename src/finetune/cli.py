@@ -48,6 +48,8 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
         fail(error)
     except HydraException as error:
         fail(ConfigError(str(error)))
+    except BrokenPipeError:  # of --help | head
+        os._exit(128 + 13)  # as SIGPIPE would have it; flushing would fail again
     except OSError as error:  # Hydra makes the run directory
         fail(ConfigError(f"hydra.run.dir: {error.filename} cannot be written: {error.strerror}"))
     except KeyboardInterrupt:

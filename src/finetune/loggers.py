@@ -106,7 +106,7 @@ def wandb(run: Path, resumed_at: int | None, project: str, offline: bool) -> Log
         )
     except ModuleNotFoundError as error:
         raise ConfigError(
-            'logger=wandb needs wandb; type: pip install "finetune[wandb]"'
+            'logger=wandb needs wandb; type: pip install -e ".[wandb]"'
         ) from error
 
 

@@ -63,8 +63,7 @@ def _config(name: str) -> "PretrainedCfg":
         from timm.models import PretrainedCfg
     except ImportError as error:
         raise ConfigError(
-            'model=timm needs timm, which is not installed: pip install "finetune[timm]" '
-            '(in a clone of the repository: pip install -e ".[timm]")'
+            'model=timm needs timm, which is not installed; type: pip install -e ".[timm]"'
         ) from error
     architecture, _, tag = name.partition(".")
     if not library.is_model(architecture):
