@@ -105,9 +105,7 @@ def wandb(run: Path, resumed_at: int | None, project: str, offline: bool) -> Log
             resume="allow",
         )
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            'logger=wandb needs wandb; type: pip install -e ".[wandb]"'
-        ) from error
+        raise ConfigError('logger=wandb needs wandb; type: pip install -e ".[wandb]"') from error
 
 
 def end_wandb() -> None:
