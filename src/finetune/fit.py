@@ -319,7 +319,7 @@ def quiet_libraries() -> None:
         "You're resuming from a checkpoint that ended before the epoch ended",  # ours goes on there
         "Found .* module.* in eval mode at the start of training",  # a frozen layer is
         "It is recommended to use `self.log\\(.*sync_dist=True",  # computed over all ranks already
-        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning 2.6.6 with torch 2.15
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning 2.6.6 with torch 2.14
     ):
         warnings.filterwarnings("ignore", message)
 
