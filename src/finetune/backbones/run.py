@@ -1,5 +1,6 @@
 """The backbone of an earlier run: what was learnt there is the pretraining here."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from finetune.backbones import FAMILIES
 from finetune.backbones.base import Backbone
 from finetune.checkpoint import Checkpoint
 from finetune.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def run(path: str, input_size: int | None = None, target: str | None = None) -> Backbone:
@@ -35,6 +38,9 @@ def run(path: str, input_size: int | None = None, target: str | None = None) -> 
                 f"{saved.input_spec.size} pixels and takes no other; leave model.input_size out"
             ) from error
         raise misfit(best, saved, error) from error
+    log.info(
+        "loaded all %d tensors of the backbone from %s; its head stays behind", len(names), best
+    )
     return backbone
 
 
