@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin 
 
 # 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
 SMALL = (
+    "recipe=none",
     "data=fake",
     "data.num_classes=3",
     "data.num_images=30",

@@ -30,7 +30,6 @@ from finetune.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
-LEAST_EPOCHS, LEAST_STEPS = 10, 500  # BiT-HyperRule: 500 steps for fewer than 20k images
 MOST_VALIDATIONS = 25
 
 
@@ -94,15 +93,11 @@ def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> Data
 
 
 def build_budget(cfg: DictConfig, num_images: int) -> Budget:
-    """epochs as typed; else 10, or as many as 500 steps or max_steps need."""
+    """epochs; where they are null, as many as max_steps needs."""
     global_batch = cfg.batch_size * num_devices(cfg)
     batches = len(batch_bounds(num_images, global_batch, smallest=2 * num_devices(cfg)))
     steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches)
-    wanted = LEAST_STEPS if cfg.max_steps is None else cfg.max_steps
-    epochs = cfg.epochs
-    if epochs is None:
-        needed = math.ceil(wanted / steps)
-        epochs = needed if cfg.max_steps else max(LEAST_EPOCHS, needed)
+    epochs = max(1, math.ceil(cfg.max_steps / steps)) if cfg.epochs is None else cfg.epochs
     return Budget(epochs, steps, cfg.max_steps)
 
 

@@ -15,6 +15,11 @@ from finetune.errors import ConfigError
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
 COMMON_DATA_KEYS = ("shots", "fraction")  # taken out by build before the dataset is called
+# null in conf/, and filled by a recipe before anything is called
+OPEN = (
+    "optimizer.lr", "optimizer.weight_decay", "schedule.warmup", "schedule.milestones",
+    "augment.margin", "trainer.accumulate_grad_batches",
+)  # fmt: skip
 MONITORS = ("accuracy", "f1", "top5", "loss", "ece")
 
 
@@ -64,6 +69,8 @@ def _call_problems(group: str, node: DictConfig, missing: set[str]) -> Iterator[
                 yield f"{full}: {node._target_} has no such argument; close: {hint}"
         elif full not in missing and key in hints:
             value = node[key]
+            if value is None and full in OPEN:
+                continue
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True)
             if not fits(value, hints[key]):
@@ -158,16 +165,16 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("data.num_classes", True, _whole(2), "a whole number from 2"),
     ("data.image_size", True, _whole(1), "pixels, from 1"),
     ("model.input_size", True, _whole(1), "pixels, from 1, or null"),
-    ("optimizer.lr", False, _number(lambda v: v > 0), "a number above 0"),
+    ("optimizer.lr", True, _number(lambda v: v > 0), "a number above 0, or null"),
     ("optimizer.momentum", False, _number(lambda v: 0 <= v < 1), "a number from 0, below 1"),
-    ("optimizer.weight_decay", False, _number(lambda v: v >= 0), "a number from 0"),
-    ("schedule.warmup", False, _number(lambda v: 0 <= v < 1),
+    ("optimizer.weight_decay", True, _number(lambda v: v >= 0), "a number from 0"),
+    ("schedule.warmup", True, _number(lambda v: 0 <= v < 1),
      "a share of the steps, from 0, below 1"),
     ("schedule.final", False, SHARE, "a share of the base lr: from 0 to 1"),
-    ("augment.scale", False, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+    ("augment.scale", True, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
      "two shares of the area, 0 < least <= most <= 1"),
     ("augment.erase", False, SHARE, "a probability, from 0 to 1"),
-    ("trainer.accumulate_grad_batches", False, _whole(1), "a whole number from 1"),
+    ("trainer.accumulate_grad_batches", True, _whole(1), "a whole number from 1"),
     ("trainer.gradient_clip_val", True, _number(lambda v: v > 0), "a number above 0, or null"),
     ("trainer.log_every_n_steps", False, _whole(1), "a whole number from 1"),
     ("trainer.num_nodes", False, _whole(1), "a whole number from 1"),

@@ -26,7 +26,7 @@ def task(cfg: DictConfig) -> None:
 
 def evaluate(cfg: DictConfig) -> None:
     """Print a table and write metrics.json. Raises FinetuneError for a user's mistake."""
-    from finetune import build, fit  # late: imports torch
+    from finetune import build, fit, resolve  # late: imports torch
     from finetune.data.split import listed
     from finetune.errors import ConfigError, DataError
     from finetune.files import write_json
@@ -49,6 +49,7 @@ def evaluate(cfg: DictConfig) -> None:
     }
     overrides = [f"{k}={quoted(str(v))}" for k, v in typed.items() if v is not None]
     run_cfg = compose_run(run, overrides)
+    resolve.fill_plainly(run_cfg)  # nothing is trained
     splits = build.build_splits(run_cfg)
     images = fit.named_splits(splits).get(cfg.split)
     if images is None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import finetune
-from finetune import build, checkpoint
+from finetune import build, checkpoint, resolve
 from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
@@ -39,6 +39,7 @@ from finetune.datamodule import DataModule
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.loggers import end_wandb
 from finetune.model import Classifier
+from finetune.recipes import Choice, Recipe, none
 from finetune.record import Record
 from finetune.tasks.base import Task, parameter_counts
 from finetune.tasks.classification import per_class_accuracy
@@ -94,6 +95,7 @@ def train_and_test(
     """The run itself. record: None on all ranks but the first."""
     began = time.time()
     parts = prepare(cfg, why_model)
+    cfg = parts.cfg
     resume_from, resumed_at = find_resume(cfg, run)
     best, throughput = BestCheckpoint(run, cfg.monitor), Throughput()
     callbacks: list[Callback] = [throughput, best, Pictures(), steps, stop]
@@ -104,7 +106,13 @@ def train_and_test(
     loggers = build.build_loggers(cfg, run, resumed_at)
     trainer = build.build_trainer(cfg, run, parts.budget, callbacks, loggers)
     if record:
-        record.update(**facts_of(parts, cfg), device=device_name(trainer))
+        config = OmegaConf.to_container(cfg, resolve=True)
+        record.update(
+            config=config,
+            recipe=resolve.told(parts.choices),
+            **facts_of(parts, cfg),
+            device=device_name(trainer),
+        )
 
     if parts.budget.total_steps > 0:
         trainer.fit(parts.task, parts.datamodule, ckpt_path=resume_from, weights_only=True)
@@ -139,8 +147,10 @@ def train_and_test(
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of."""
+    """What a run is made of. cfg: filled by the recipe, with the choices that it took."""
 
+    cfg: DictConfig
+    choices: list[Choice]
     splits: Splits
     budget: build.Budget
     task: Task
@@ -149,9 +159,18 @@ class Parts:
 
 def prepare(cfg: DictConfig, why_model: str) -> Parts:
     """Build data, model and task, and say what they are."""
+    cfg = cfg.copy()
     splits = build.build_splits(cfg)
+    recipe: Recipe = build.make(cfg.recipe)
+    data = resolve.data_facts(cfg, splits, build.num_devices(cfg))
+    choices = resolve.fill(cfg, recipe(data, None))
     log.info("model: %s", why_model)
     model = build.build_model(cfg, splits.classes)
+    facts = resolve.model_facts(cfg, model)
+    choices += resolve.fill(cfg, recipe(data, facts))
+    for choice in choices:
+        log.info("recipe: %s=%s (%s)", choice.key, choice.value, choice.why)
+    resolve.fill(cfg, none(data, facts))
     budget = build.build_budget(cfg, len(splits.train))
     task = build.build_task(cfg, model, budget)
     task.freeze_what_never_trains()
@@ -165,7 +184,7 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
         budget.total_steps, budget.epochs, budget.steps_per_epoch,
         "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs",
     )  # fmt: skip
-    return Parts(splits, budget, task, build.build_datamodule(cfg, splits, model))
+    return Parts(cfg, choices, splits, budget, task, build.build_datamodule(cfg, splits, model))
 
 
 def check_monitor(monitor: str, task: Task) -> None:
@@ -248,7 +267,7 @@ def open_record(cfg: DictConfig, run: Path) -> Record:
             log.info("%s was stopped before it began; starting from step 0", run)
         else:
             record = Record.read(run)
-            refuse_changes(record.facts["config"], config, run)
+            refuse_changes(record.facts, config, run)
             return record
     return Record.create(
         run,
@@ -268,13 +287,19 @@ def open_record(cfg: DictConfig, run: Path) -> Record:
     )
 
 
-def refuse_changes(recorded: Any, config: Any, run: Path) -> None:
-    """Raise ConfigError that names each value that a resume would change."""
-    before, now = flat(recorded), flat(config)
+def refuse_changes(recorded: Mapping[str, Any], config: Any, run: Path) -> None:
+    """Raise ConfigError that names each value that a resume would change.
+
+    recorded: the facts of the run. config: as composed; what it leaves open, the recipe fills as
+    it did before.
+    """
+    before, now = flat(recorded["config"]), flat(config)
+    chosen = recorded.get("recipe", ())
     changed = [
         f"{key}: the run has {before.get(key)!r}, not {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
+        and not resolve.is_open(key, now, chosen)
         and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
     ]
     if changed:

@@ -1,6 +1,7 @@
 """What every backbone is: (B, 3, H, W) images to (B, D) features, the classifier taken off."""
 
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.func import functional_call
 from finetune.errors import ConfigError
 from finetune.specs import InputSpec
 
+Kind = Literal["CNN with BatchNorm", "CNN", "transformer"]
 Recipe = dict[str, str | int | float | bool | None]
 
 
@@ -75,3 +77,11 @@ def check_size(net: nn.Module, size: int) -> None:
         ) from error
     finally:
         net.train(training)
+
+
+def kind_of(net: nn.Module) -> Kind:
+    """What decides how a network is trained best: its norm, and whether it attends."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+        return "CNN with BatchNorm"
+    names = (type(module).__name__.lower() for module in net.modules())
+    return "transformer" if any("attention" in name for name in names) else "CNN"

@@ -1,0 +1,117 @@
+"""Fills what a config leaves open, null or auto, by its recipe; what the user set stands."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from finetune import recipes
+from finetune.backbones.base import kind_of
+from finetune.data.base import Splits
+from finetune.model import Classifier
+from finetune.overrides import CONF
+from finetune.recipes import Choice, DataFacts, ModelFacts
+
+log = logging.getLogger(__name__)
+
+GROUPS = ("optimizer", "schedule", "strategy", "augment")  # those with an option auto
+BUDGET = ("epochs", "max_steps")  # one of them is enough
+MOST_MEASURED = 32  # images whose size is looked at
+
+
+def data_facts(cfg: DictConfig, splits: Splits, num_devices: int) -> DataFacts:
+    """What a recipe must know of the data."""
+    train = splits.train
+    positions = range(0, len(train), max(1, len(train) // MOST_MEASURED))
+    sizes = [train[position][0].shape[-2:] for position in positions]
+    return DataFacts(
+        num_images=len(train),
+        image_area=int(median(height * width for height, width in sizes)),
+        batch=cfg.batch_size * num_devices,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+    )
+
+
+def model_facts(cfg: DictConfig, model: Classifier) -> ModelFacts:
+    """What a recipe must know of the model."""
+    return ModelFacts(
+        kind=kind_of(model.backbone.net),
+        pretrained="weights" not in cfg.model or cfg.model.weights is not None,
+        num_parameters=model.backbone.num_parameters,
+        probe=_class_name(cfg.strategy) == "linearprobe",
+        optimizer=_class_name(cfg.optimizer),
+    )
+
+
+def _class_name(node: DictConfig) -> str | None:
+    target = node.get("_target_")
+    return target and str(target).rsplit(".", 1)[-1].lower()
+
+
+def fill(cfg: DictConfig, choices: Sequence[Choice]) -> list[Choice]:
+    """Set what is open in cfg, in place; the choices that were taken."""
+    OmegaConf.set_struct(cfg, False)
+    taken = []
+    for choice in choices:
+        if choice.key in GROUPS:
+            if cfg[choice.key].get("_target_") is not None:
+                continue
+            cfg[choice.key] = _with_asked(choice, cfg[choice.key])
+        elif choice.key in BUDGET and any(cfg[key] is not None for key in BUDGET):
+            continue
+        elif OmegaConf.select(cfg, choice.key, default="no such key") is None:
+            OmegaConf.update(cfg, choice.key, choice.value)
+        else:
+            continue
+        taken.append(choice)
+    return taken
+
+
+def _with_asked(choice: Choice, asked: DictConfig) -> DictConfig:
+    """conf/<group>/<option>.yaml, and what was set beside auto."""
+    node = leaf(choice.key, choice.value)
+    for key, value in asked.items():
+        if value is None:
+            continue
+        if key in node:
+            node[key] = value
+        else:
+            log.warning(
+                "%s.%s=%s has no effect with %s=%s",
+                choice.key, key, value, choice.key, choice.value,
+            )  # fmt: skip
+    return node
+
+
+def leaf(group: str, option: str) -> DictConfig:
+    """The config of conf/<group>/<option>.yaml, what it inherits included."""
+    name = f"{group}/{option}"
+    if GlobalHydra.instance().is_initialized():
+        node: DictConfig = compose(name)[group]
+    else:  # in a rank that was started with a config
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            node = compose(name)[group]
+    OmegaConf.set_struct(node, False)
+    return node
+
+
+def fill_plainly(cfg: DictConfig) -> None:
+    """Set what is open to plain values, where nothing is trained."""
+    data = DataFacts(num_images=1, image_area=1, batch=1)
+    model = ModelFacts(kind="CNN", pretrained=True, num_parameters=1)
+    fill(cfg, recipes.none(data, model))
+
+
+def told(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """The choices for run.json."""
+    return [{"key": c.key, "value": c.value, "why": c.why} for c in choices]
+
+
+def is_open(key: str, now: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a flat key of a config is left to the recipe, which chose it or its group before."""
+    keys = {choice["key"] for choice in chosen}
+    return now.get(key) is None and bool(keys & {key, key.split(".", 1)[0]})

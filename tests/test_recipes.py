@@ -1,0 +1,182 @@
+"""A recipe chooses what is open, says why, and lets stand what the user set, wherever it is set."""
+
+from dataclasses import replace
+
+import pytest
+
+from conftest import SMALL, composed, facts_of
+from finetune import recipes, resolve
+from finetune.backbones.base import kind_of
+from finetune.backbones.tiny import tiny
+from finetune.recipes import DataFacts, ModelFacts
+
+PHOTOS = DataFacts(num_images=1020, image_area=500 * 375, batch=64)
+RESNET = ModelFacts(kind="CNN with BatchNorm", pretrained=True, num_parameters=23_508_032)
+VIT = ModelFacts(kind="transformer", pretrained=True, num_parameters=85_800_000)
+EVERY = {name: getattr(recipes, name) for name in ("auto", "textbook", "bit", "none")}
+
+
+def chosen(recipe, data=PHOTOS, model=RESNET):
+    """Key to value; of two choices for a key the first is taken."""
+    choices = recipe(data, None) + recipe(data, model)
+    return {choice.key: choice.value for choice in reversed(choices)}
+
+
+# Kolesnikov et al. 2020, Big Transfer, section 3.3, and the repository's bit_hyperrule.py
+@pytest.mark.parametrize(
+    ("num_images", "steps", "warmup", "milestones", "mixup"),
+    [
+        (1, 500, 100, [200, 300, 400], None),
+        (19_999, 500, 100, [200, 300, 400], None),
+        (20_000, 10_000, 500, [3000, 6000, 9000], 0.1),
+        (499_999, 10_000, 500, [3000, 6000, 9000], 0.1),
+        (500_000, 20_000, 500, [6000, 12_000, 18_000], 0.1),
+    ],
+)
+def test_bit_has_the_published_budgets(num_images, steps, warmup, milestones, mixup):
+    values = chosen(recipes.bit, replace(PHOTOS, num_images=num_images))
+    assert values["max_steps"] == steps
+    assert round(values["schedule.warmup"] * steps) == warmup
+    assert [round(m * steps) for m in values["schedule.milestones"]] == milestones
+    assert values["mixup"] == mixup
+
+
+@pytest.mark.parametrize(
+    ("area", "crop", "resize"),
+    [(32 * 32, 128, 160), (96 * 96 - 1, 128, 160), (96 * 96, 480, 512), (500 * 375, 480, 512)],
+)
+def test_bit_has_the_published_resolutions(area, crop, resize):
+    values = chosen(recipes.bit, replace(PHOTOS, image_area=area))
+    assert values["model.input_size"] == crop
+    assert round(crop * values["augment.margin"]) == resize
+
+
+@pytest.mark.parametrize("batch", [64, 128, 512, 48])
+def test_bit_takes_batches_of_512_or_scales_its_lr(batch):
+    values = chosen(recipes.bit, replace(PHOTOS, batch=batch))
+    images = batch * values["trainer.accumulate_grad_batches"]
+    assert 512 <= images < 512 + batch
+    assert values["optimizer.lr"] == pytest.approx(0.003 * images / 512)
+    values = chosen(recipes.bit, replace(PHOTOS, batch=batch, accumulate=1))
+    assert values["optimizer.lr"] == pytest.approx(0.003 * batch / 512)
+    assert (values["optimizer"], values["optimizer.weight_decay"]) == ("sgd", 0.0)
+    assert values["head.init"] == "zero"
+
+
+def test_textbook_is_the_plainest():
+    values = chosen(recipes.textbook)
+    assert (values["optimizer"], values["optimizer.lr"]) == ("sgd", 0.001)
+    assert (values["schedule"], values["strategy"], values["augment"]) == (
+        "constant", "full", "none",
+    )  # fmt: skip
+    assert (values["optimizer.weight_decay"], values["schedule.warmup"]) == (0.0, 0.0)
+    assert values["head.init"] == "random"
+    off = {"mixup", "cutmix", "ema", "l2_sp", "task.label_smoothing", "trainer.gradient_clip_val"}
+    assert not off & values.keys()
+
+
+def test_auto_trains_longer_on_more_images():
+    steps = [recipes.auto_steps(n) for n in (10, 300, 1020, 3000, 19_999, 20_000, 500_000)]
+    assert steps == sorted(steps)
+    assert steps[0] == 500
+    assert steps[2] == 1530
+    assert chosen(recipes.auto)["epochs"] == pytest.approx(1530 * 64 / 1020, rel=0.1)
+
+
+def test_auto_tells_networks_apart():
+    assert chosen(recipes.auto, model=RESNET)["optimizer"] == "sgd"
+    assert chosen(recipes.auto, model=VIT)["optimizer"] == "adamw"
+    assert chosen(recipes.auto, model=VIT)["strategy"] == "layer_decay"
+    scratch = chosen(recipes.auto, model=replace(VIT, pretrained=False))
+    assert scratch["strategy"] == "full"
+    assert scratch.get("head.init") is None
+
+
+def test_auto_takes_the_lr_of_the_optimizer_that_was_asked_for():
+    rows = recipes.ROWS["pretrained CNN with BatchNorm"].lr
+    at_128 = replace(PHOTOS, batch=128)
+    asked = chosen(recipes.auto, at_128, replace(RESNET, optimizer="adamw"))
+    assert asked["optimizer.lr"] == rows["adamw"]
+    assert chosen(recipes.auto, at_128)["optimizer.lr"] == rows["sgd"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("model", [RESNET, VIT, replace(VIT, kind="CNN"), replace(
+    RESNET, num_parameters=300_000), replace(RESNET, pretrained=False), replace(RESNET, probe=True),
+])  # fmt: skip
+def test_a_recipe_with_plain_values_below_leaves_nothing_open(name, model):
+    cfg = composed("data=fake", "model=resnet18")
+    resolve.fill(cfg, EVERY[name](PHOTOS, None))
+    resolve.fill(cfg, EVERY[name](PHOTOS, model))
+    resolve.fill(cfg, recipes.none(PHOTOS, model))
+    for group in resolve.GROUPS:
+        assert cfg[group]._target_
+    for key in ("optimizer.lr", "optimizer.weight_decay", "schedule.warmup",
+                "trainer.accumulate_grad_batches"):  # fmt: skip
+        group, name = key.split(".")
+        assert cfg[group][name] is not None
+    assert cfg.epochs or cfg.max_steps
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_choice_has_a_reason(name):
+    for choice in EVERY[name](PHOTOS, None) + EVERY[name](PHOTOS, RESNET):
+        assert choice.why
+
+
+def test_what_the_user_set_stands():
+    cfg = composed(
+        "data=fake", "optimizer.lr=0.5", "schedule=linear", "epochs=3", "augment.flip=false"
+    )
+    taken = resolve.fill(cfg, recipes.auto(PHOTOS, RESNET))
+    assert cfg.optimizer.lr == 0.5
+    assert cfg.schedule._target_ == "finetune.schedules.linear"
+    assert (cfg.epochs, cfg.max_steps) == (3, None)
+    assert (cfg.augment.flip, cfg.augment.scale) == (False, [0.2, 1.0])
+    keys = {choice.key for choice in taken}
+    assert not keys & {"optimizer.lr", "schedule", "epochs", "max_steps"}
+    assert {"optimizer", "schedule.warmup", "augment"} <= keys
+
+
+def test_what_an_experiment_sets_stands(tmp_path):
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /strategy: full]\noptimizer: {lr: 0.25}\n"
+    )
+    cfg = composed(
+        "data=fake", f"hydra.searchpath=[{tmp_path}]", "experiment=mine", "model=resnet18"
+    )
+    resolve.fill(cfg, recipes.auto(PHOTOS, RESNET))
+    assert cfg.optimizer.lr == 0.25
+    assert cfg.strategy._target_.endswith("Full")
+
+
+def test_a_value_that_the_chosen_option_does_not_take_warns(caplog):
+    cfg = composed("data=fake", "augment.flip=false")
+    resolve.fill(cfg, recipes.textbook(PHOTOS, RESNET))
+    assert "augment.flip=False has no effect with augment=none" in caplog.text
+
+
+def test_a_network_is_known_by_its_norm_and_its_attention():
+    from torchvision import models
+
+    assert kind_of(tiny(weights=None).net) == "CNN with BatchNorm"
+    assert kind_of(models.convnext_tiny()) == "CNN"
+    assert kind_of(models.swin_t()) == "transformer"
+    timm = pytest.importorskip("timm")
+    assert kind_of(timm.create_model("vit_tiny_patch16_224")) == "transformer"
+    assert kind_of(timm.create_model("convnext_atto")) == "CNN"
+
+
+def test_the_choices_are_told_and_kept(command, tmp_path):
+    small = [o for o in SMALL if o != "recipe=none"]
+    done = command("train", *small, "hydra.run.dir=run", "logger=csv", "optimizer.lr=0.003")
+    assert done.code == 0, done.err
+    facts = facts_of(tmp_path / "run")
+    told = {choice["key"]: choice for choice in facts["recipe"]}
+    assert told["schedule"]["value"] == "cosine"
+    assert f"recipe: schedule=cosine ({told['schedule']['why']})" in done.out
+    assert "optimizer.lr" not in told
+    assert facts["config"]["optimizer"]["lr"] == 0.003
+    assert facts["config"]["schedule"]["warmup"] == told["schedule.warmup"]["value"]
