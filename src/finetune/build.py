@@ -21,7 +21,7 @@ from finetune.check import COMMON_DATA_KEYS
 from finetune.data import transforms
 from finetune.data.base import Splits
 from finetune.data.sampler import batch_bounds
-from finetune.data.split import check_splits, cut_val, limit_train
+from finetune.data.split import check_splits, cut_val, limit_train, select_classes
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
 from finetune.loggers import MetricsFile
@@ -65,13 +65,15 @@ def make(node: Any) -> Any:
 
 
 def build_splits(cfg: DictConfig) -> Splits:
-    """The dataset, checked, with a val split, and train limited as asked."""
+    """The dataset, checked, with a val split, and classes and train limited as asked."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     common = {key: node.pop(key) for key in COMMON_DATA_KEYS if key in node}
     splits: Splits = make(node)
+    # val is cut before classes are chosen: an image is in the same split whichever are
     splits = cut_val(splits, seed=node.get("split_seed", 0))
+    splits = select_classes(splits, common["classes"])
     check_splits(splits)
-    return limit_train(splits, **common, seed=cfg.seed)
+    return limit_train(splits, common["shots"], common["fraction"], seed=cfg.seed)
 
 
 def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:

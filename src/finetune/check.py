@@ -14,7 +14,8 @@ from finetune.datamodule import usable_cores
 from finetune.errors import ConfigError
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
-COMMON_DATA_KEYS = ("shots", "fraction")  # taken out by build before the dataset is called
+# taken out by build before the dataset is called
+COMMON_DATA_KEYS = ("shots", "fraction", "classes")
 MONITORS = ("accuracy", "f1", "top5", "loss", "ece")
 
 
@@ -154,6 +155,9 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
      "one of " + ", ".join(f"val/{m}" for m in MONITORS)),
     ("data.shots", True, _whole(1), "a whole number from 1, or null"),
     ("data.fraction", True, _number(lambda v: 0 < v <= 1), "a number above 0, at most 1, or null"),
+    ("data.classes", True, lambda v: OmegaConf.is_list(v) and len(v) == len({*v}) > 1
+     and all(isinstance(name, str) or _whole(0)(name) for name in v),
+     "a list of two or more different class names such as [cat,dog], or null"),
     ("data.num_images", True, _whole(1), "a whole number from 1"),
     ("data.num_classes", True, _whole(2), "a whole number from 2"),
     ("data.image_size", True, _whole(1), "pixels, from 1"),

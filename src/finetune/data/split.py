@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
 import numpy as np
 
@@ -65,6 +66,45 @@ def cut_val(splits: Splits, seed: int, fraction: float = 0.15) -> Splits:
             "Add images, or a val split of your own"
         )
     return replace(splits, train=splits.train.subset(train), val=splits.train.subset(val))
+
+
+def select_classes(splits: Splits, names: Sequence[str | int] | None) -> Splits:
+    """The same with the images of these classes only, in every split; labels are re-numbered.
+
+    names: in any order, since the classes keep that of the dataset; a whole number stands for the
+    name that it spells. None for all. Raises ConfigError for a name that the dataset lacks.
+    """
+    if names is None:
+        return splits
+    wanted = [str(name) for name in names]
+    if unknown := [name for name in wanted if name not in splits.classes]:
+        close = dict.fromkeys(
+            match for name in unknown for match in get_close_matches(name, splits.classes, n=3)
+        )
+        raise ConfigError(
+            f"data.classes: no class {listed(unknown)}; "
+            + (f"close: {listed(list(close))}" if close else f"there are {listed(splits.classes)}")
+        )
+    if len(set(wanted)) < len(wanted) or len(wanted) < 2:
+        raise ConfigError(f"data.classes=[{','.join(wanted)}]: two or more different classes")
+    kept = [label for label, name in enumerate(splits.classes) if name in wanted]
+
+    def selected(images: LabelledImages | None) -> LabelledImages | None:
+        if images is None:
+            return None
+        chosen = images.subset([p for p, label in enumerate(images.labels) if label in new])
+        return replace(chosen, labels=tuple(new[label] for label in chosen.labels))
+
+    new = {label: position for position, label in enumerate(kept)}
+    train = selected(splits.train)
+    assert train is not None
+    return replace(
+        splits,
+        classes=tuple(splits.classes[label] for label in kept),
+        train=train,
+        val=selected(splits.val),
+        test=selected(splits.test),
+    )
 
 
 def limit_train(splits: Splits, shots: int | None, fraction: float | None, seed: int) -> Splits:
