@@ -34,10 +34,15 @@ def problems(*overrides, command="train"):
         ("deterministic=1", "deterministic=1: must be true or false"),
         ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0"),
         ("monitor=test/accuracy", "monitor=test/accuracy: must be one of val/accuracy, val/f1"),
+        ("data.balance=sample", "data.balance=sample: with task=classification it must be one of"),
         ("monitor=accuracy", "monitor=accuracy: must be one of val/accuracy"),
         ("data.shots=0", "data.shots=0: must be a whole number from 1"),
         ("data.fraction=0", "data.fraction=0: must be a number above 0"),
         ("data.fraction=1.1", "data.fraction=1.1"),
+        ("data.classes=[cat]", "data.classes=['cat']: must be a list of two or more different"),
+        ("data.classes=[cat,cat]", "data.classes=['cat', 'cat']: must be a list of two or more"),
+        ("data.classes=cat", "data.classes=cat: must be a list of two or more"),
+        ("data.classes=[1,1.5]", "data.classes=[1, 1.5]: must be a list of two or more"),
         ("model.input_size=0", "model.input_size=0"),
         ("model.input_size=big", "model.input_size='big': must be a whole number or null"),
         ("model.weights=3", "model.weights=3: must be text or null"),
@@ -68,8 +73,8 @@ def test_a_value_that_cannot_work_is_named_once_with_what_may_stand(override, sa
     "override",
     [
         "epochs=1", "epochs=null", "max_steps=0", "batch_size=1", "num_workers=0", "data.shots=1",
-        "data.fraction=1", "data.fraction=0.001", "optimizer.lr=1", "optimizer.lr=1e-5",
-        "monitor=val/loss", "monitor=val/ece", "trainer.precision=bf16-mixed",
+        "data.fraction=1", "data.fraction=0.001", "data.classes=[a,3]", "optimizer.lr=1",
+        "optimizer.lr=1e-5", "monitor=val/loss", "monitor=val/ece", "trainer.precision=bf16-mixed",
         "trainer.gradient_clip_val=1", "model.input_size=64", "schedule.warmup=0",
         "trainer.devices=1", "trainer.devices=auto", "+trainer.profiler=simple",
         "schedule=constant", "augment=strong", "augment.scale=[0.5,1]",
@@ -78,6 +83,17 @@ def test_a_value_that_cannot_work_is_named_once_with_what_may_stand(override, sa
 def test_a_value_that_works_is_let_pass(override):
     base = ("optimizer=sgd", "schedule=cosine", "augment=light", "trainer.accelerator=cpu")
     assert problems(*base, override) == []
+
+
+def test_a_task_says_what_it_measures_and_how_it_is_balanced():
+    assert problems("task=multilabel", "monitor=val/map", "data.balance=none") == []
+    assert problems("task=multilabel", "monitor=val/accuracy", "data.balance=weights") == [
+        "monitor=val/accuracy: must be one of val/map, val/f1, val/loss, or null",
+        "data.balance=weights: with task=multilabel it must be none, or null",
+    ]
+    assert problems("data=csv", "data.table=x", "data.label_separator=''") == [
+        "data.label_separator=: must be what stands between the labels, such as ';', or null"
+    ]
 
 
 def test_all_problems_are_told_at_once():
@@ -123,7 +139,8 @@ def test_other_commands_are_checked_too():
 def test_every_range_belongs_to_a_key_that_some_config_has():
     configs = [composed(), composed("run=x", command="evaluate"),
                composed("run=x", "input=y", command="predict"), composed("data=fake"),
-               composed("augment=strong", "optimizer=sgd", "schedule=cosine")]  # fmt: skip
+               composed("augment=strong", "optimizer=sgd", "schedule=cosine"),
+               composed("data=csv")]  # fmt: skip
     missing = object()
     for key, *_ in RANGES:
         assert any(OmegaConf.select(c, key, default=missing) is not missing for c in configs), key

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import composed, write_photos
+from finetune.build import build_splits
 from finetune.data.base import ImageArray, LabelledImages, Splits
 from finetune.data.split import (
     TRAIN_VAL_TEST,
@@ -16,6 +18,7 @@ from finetune.data.split import (
     cut_val,
     limit_train,
     listed,
+    select_classes,
 )
 from finetune.errors import ConfigError, DataError
 
@@ -97,6 +100,44 @@ def test_a_val_that_exists_is_kept():
 def test_val_that_cannot_be_cut_is_an_error():
     with pytest.raises(DataError, match="no class has two images"):
         cut_val(splits([0, 1, 2]), seed=0)
+
+
+def test_chosen_classes_are_kept_in_every_split_with_the_order_of_the_dataset():
+    before = splits([0, 1, 2, 3, 1], val=[3, 0, 2], test=[2, 2, 0], classes=("a", "b", "7", "d"))
+    after = select_classes(before, ["d", 7, "b"])  # as YAML reads a class that is named 7
+    assert after.classes == ("b", "7", "d")
+    assert (after.train.indices, after.train.labels) == ((1, 2, 3, 4), (0, 1, 2, 0))
+    assert (after.val.indices, after.val.labels) == ((0, 2), (2, 1))
+    assert (after.test.indices, after.test.labels) == ((0, 1), (1, 1))
+    assert select_classes(before, None) is before
+    assert select_classes(splits([0, 1, 2]), ["a", "b"]).test is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat", "dgo", "yak"], "data.classes: no class 'dgo', 'yak'; close: 'dog'"),
+        (["cat", "yak"], "data.classes: no class 'yak'; there are 'cat', 'dog', 'emu'"),
+        (["cat"], r"data.classes=\[cat\]: two or more different classes"),
+        (["cat", "cat"], r"data.classes=\[cat,cat\]: two or more different classes"),
+    ],
+)
+def test_classes_that_cannot_be_chosen_are_named(names, message):
+    with pytest.raises(ConfigError, match=message):
+        select_classes(splits([0, 1, 2], classes=("cat", "dog", "emu")), names)
+
+
+def test_an_image_is_in_the_same_split_whichever_classes_are_chosen(tmp_path):
+    # or the val of a fine-tuning would hold what its pretraining on all classes was trained on
+    root = write_photos(tmp_path, train=20, test=2)  # val is cut from train
+    common = ("data=image_folder", f"data.root={root}")
+    everything = build_splits(composed(*common))
+    chosen = build_splits(composed(*common, "data.classes=[cat,bee]"))
+    assert chosen.classes == ("bee", "cat")
+    for name in ("train", "val", "test"):
+        whole, part = getattr(everything, name), getattr(chosen, name)
+        pairs = zip(whole.indices, whole.labels, strict=True)
+        assert part.indices == tuple(index for index, label in pairs if label in (1, 2))
 
 
 def test_shots_are_counted_per_class_in_train_only():

@@ -211,7 +211,7 @@ def test_a_damaged_image_is_named_whoever_reads_it(refused, tmp_path, num_worker
 
 def test_top5_of_three_classes_is_refused_before_the_training(refused, tmp_path):
     message = refused("train", *SMALL, "monitor=val/top5", "hydra.run.dir=run")
-    assert "monitor=val/top5: not measured with 3 classes; there are val/loss" in message
+    assert "monitor=val/top5: not measured with 3 classes; there are val/accuracy" in message
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 

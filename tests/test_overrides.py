@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import CheckpointError, ConfigError
-from finetune.overrides import compose_jobs, quoted, value_of, with_recorded
+from finetune.overrides import compose_jobs, quoted, signs_quoted, value_of, with_recorded
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,6 +109,15 @@ def test_other_commands_know_their_keys_too(command):
 def test_a_quoted_value_comes_back_as_it_was(value):
     (job,) = compose_jobs("train", ["data=image_folder", f"data.root={quoted(value)}"])
     assert job.data.root == value
+
+
+@pytest.mark.parametrize("sign", [";", "|", ",", "&", "/"])
+def test_a_separator_can_be_typed_as_it_is(sign):
+    # data.label_separator=";", whose quotes the shell takes away
+    typed = signs_quoted(["data=csv", f"data.label_separator={sign}", "-m", "seed=0,1", "a=''"])
+    assert typed[0] + typed[2] + typed[3] + typed[4] == "data=csv-mseed=0,1a=''"
+    (job,) = compose_jobs("train", typed[:2])
+    assert job.data.label_separator == sign
 
 
 def test_the_last_value_typed_counts():

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from finetune.callbacks import WholeCheckpointIO
 from finetune.check import COMMON_DATA_KEYS
 from finetune.data import transforms
-from finetune.data.base import Splits
+from finetune.data.base import LabelledImages, Splits, label_counts
 from finetune.data.sampler import batch_bounds
-from finetune.data.split import check_splits, cut_val, limit_train
+from finetune.data.split import check_splits, cut_val, limit_train, select_classes
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
 from finetune.loggers import MetricsFile
@@ -64,13 +64,33 @@ def make(node: Any) -> Any:
 
 
 def build_splits(cfg: DictConfig) -> Splits:
-    """The dataset, checked, with a val split, and train limited as asked."""
+    """The dataset, checked, with a val split, and classes and train limited as asked."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     common = {key: node.pop(key) for key in COMMON_DATA_KEYS if key in node}
     splits: Splits = make(node)
+    check_labels(splits, cfg)
+    # val is cut before classes are chosen: an image is in the same split whichever are
     splits = cut_val(splits, seed=node.get("split_seed", 0))
+    splits = select_classes(splits, common.get("classes"))
     check_splits(splits)
-    return limit_train(splits, **common, seed=cfg.seed)
+    return limit_train(splits, common.get("shots"), common.get("fraction"), seed=cfg.seed)
+
+
+def check_labels(splits: Splits, cfg: DictConfig) -> None:
+    """Raise ConfigError where the task takes one label per image and the data have several."""
+    task: type[Task] = make(cfg.task).func
+    several = splits.train.num_classes is not None
+    if task.multilabel and not several:
+        raise ConfigError(
+            "task=multilabel: these images have one label each; type task=classification, or for "
+            "a table with several labels in a field: data=csv data.table=FILE "
+            "data.label_separator=';'"
+        )
+    if several and not task.multilabel:
+        raise ConfigError(
+            f"task={task.task_name}: with data.label_separator an image has several labels or "
+            "none; type task=multilabel"
+        )
 
 
 def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
@@ -89,6 +109,7 @@ def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> Data
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
         seed=cfg.seed,
+        balanced=cfg.data.get("balance") == "sampler",
     )
 
 
@@ -101,8 +122,14 @@ def build_budget(cfg: DictConfig, num_images: int) -> Budget:
     return Budget(epochs, steps, cfg.max_steps)
 
 
-def build_task(cfg: DictConfig, model: Classifier, budget: Budget) -> Task:
-    """The LightningModule."""
+def build_task(
+    cfg: DictConfig, model: Classifier, budget: Budget, train: LabelledImages | None = None
+) -> Task:
+    """The LightningModule. train: whose classes the loss is balanced by; None for no balance."""
+    balance: dict[str, Any] = {}
+    if train is not None:
+        counts = label_counts(train.labels, len(model.classes))
+        balance = {"balance": cfg.data.get("balance"), "class_counts": counts}
     task: Task = make(cfg.task)(
         model=model,
         strategy=make(cfg.strategy),
@@ -112,6 +139,7 @@ def build_task(cfg: DictConfig, model: Classifier, budget: Budget) -> Task:
         epochs=budget.epochs,
         total_steps=budget.total_steps,
         seed=cfg.seed,
+        **balance,
     )
     return task
 

@@ -54,6 +54,7 @@ class BestCheckpoint(Callback):
         self.path, self.monitor = checkpoint.best_path(run), monitor
         self.best: dict[str, Any] = {}
         self.confusion: Tensor | None = None  # of val, at the best; rows are labels
+        self.per_class: list[float | None] = []  # likewise
         self.epoch, self.validated_step = 0, -1
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,6 +62,7 @@ class BestCheckpoint(Callback):
         return {
             "best": self.best,
             "confusion": self.confusion,
+            "per_class": self.per_class,
             "epoch": self.epoch,
             "validated_step": self.validated_step,
         }
@@ -68,6 +70,7 @@ class BestCheckpoint(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a resume."""
         self.best, self.confusion = state_dict["best"], state_dict["confusion"]
+        self.per_class = state_dict["per_class"]
         self.epoch, self.validated_step = state_dict["epoch"], state_dict["validated_step"]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -98,8 +101,9 @@ class BestCheckpoint(Callback):
             "monitor": self.monitor,
             "value": value,
             "metrics": metrics,
+            "task": pl_module.task_name,
         }
-        self.confusion = pl_module.last_confusion
+        self.confusion, self.per_class = pl_module.last_confusion, pl_module.last_per_class
         # every rank takes part: under FSDP each holds a part of the weights
         state = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
@@ -120,7 +124,7 @@ def write_best(
             classes=model.classes,
             input_spec=model.input_spec,
             backbone=dict(model.backbone.recipe),
-            **{k: best[k] for k in ("epoch", "step", "monitor", "value")},
+            **{k: best[k] for k in ("epoch", "step", "monitor", "value", "task")},
         ),
     )
 

@@ -14,13 +14,13 @@ from finetune.datamodule import usable_cores
 from finetune.errors import ConfigError
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
-COMMON_DATA_KEYS = ("shots", "fraction")  # taken out by build before the dataset is called
 # null in conf/, and filled by a recipe before anything is called
 OPEN = (
     "optimizer.lr", "optimizer.weight_decay", "schedule.warmup", "schedule.milestones",
     "augment.margin", "trainer.accumulate_grad_batches",
 )  # fmt: skip
-MONITORS = ("accuracy", "f1", "top5", "loss", "ece")
+# taken out by build before the dataset is called
+COMMON_DATA_KEYS = ("shots", "fraction", "classes", "balance")
 
 
 def check_all(jobs: Sequence[DictConfig]) -> None:
@@ -44,6 +44,8 @@ def problems_of(cfg: DictConfig) -> Iterator[str]:
                 seen.add(problem.split("=")[0])
                 yield problem
     yield from (p for p in _range_problems(cfg) if p.split("=")[0] not in seen)
+    if "task" in cfg:
+        yield from _task_problems(cfg)
     if "trainer" in cfg:
         yield from _device_problems(cfg)
 
@@ -157,10 +159,13 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("patience", True, _whole(1), "a whole number from 1, or null"),
     ("deterministic", False, lambda v: isinstance(v, bool), "true or false"),
     ("checkpoint.every_n_steps", False, _whole(1), "a whole number from 1"),
-    ("monitor", False, lambda v: v in [f"val/{m}" for m in MONITORS],
-     "one of " + ", ".join(f"val/{m}" for m in MONITORS)),
     ("data.shots", True, _whole(1), "a whole number from 1, or null"),
     ("data.fraction", True, _number(lambda v: 0 < v <= 1), "a number above 0, at most 1, or null"),
+    ("data.classes", True, lambda v: OmegaConf.is_list(v) and len(v) == len({*v}) > 1
+     and all(isinstance(name, str) or _whole(0)(name) for name in v),
+     "a list of two or more different class names such as [cat,dog], or null"),
+    ("data.label_separator", True, lambda v: isinstance(v, str) and v != "",
+     "what stands between the labels, such as ';', or null"),
     ("data.num_images", True, _whole(1), "a whole number from 1"),
     ("data.num_classes", True, _whole(2), "a whole number from 2"),
     ("data.image_size", True, _whole(1), "pixels, from 1"),
@@ -198,6 +203,24 @@ def _range_problems(cfg: DictConfig) -> Iterator[str]:
             good = False
         if not good:
             yield f"{key}={value}: must be {allowed}"
+
+
+def _task_problems(cfg: DictConfig) -> Iterator[str]:
+    """What the task does not measure, and how it cannot be balanced."""
+    try:
+        task = get_object(cfg.task._target_)
+        monitors, balances = [f"val/{name}" for name in task.metric_names], task.balances
+    except Exception:  # cannot be imported, which is told elsewhere, or is no class of ours
+        return
+    if cfg.get("monitor") not in (None, *monitors):
+        yield f"monitor={cfg.monitor}: must be one of {', '.join(monitors)}, or null"
+    balance = OmegaConf.select(cfg, "data.balance")
+    if balance not in (None, *balances):
+        one_of = "" if len(balances) == 1 else "one of "
+        yield (
+            f"data.balance={balance}: with task={task.task_name} it must be {one_of}"
+            f"{', '.join(balances)}, or null"
+        )
 
 
 def _device_problems(cfg: DictConfig) -> Iterator[str]:

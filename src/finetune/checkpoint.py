@@ -20,7 +20,8 @@ class Checkpoint:
     """best.ckpt: weights, and what is needed to use them elsewhere.
 
     state_dict: of a Classifier. backbone: family and the keyword arguments that rebuild the
-    architecture; data, never code. value: of monitor.
+    architecture; data, never code. value: of monitor. task: what the logits are for, by name:
+    classification (softmax) or multilabel (a sigmoid for each class).
     """
 
     state_dict: dict[str, Tensor]
@@ -31,6 +32,7 @@ class Checkpoint:
     step: int
     monitor: str
     value: float
+    task: str = "classification"
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -66,7 +68,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def read(path: Path) -> Checkpoint:
     """Read a best.ckpt. Raises CheckpointError if it is not one."""
-    content = load(path)
+    content = {"task": "classification"} | load(path)  # older ones know no other
     names = Checkpoint.__dataclass_fields__
     missing = [name for name in names if name not in content]
     if missing or content.get("format") != FORMAT:

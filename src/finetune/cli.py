@@ -12,7 +12,7 @@ from typing import NoReturn
 from hydra.errors import HydraException
 
 from finetune.errors import ConfigError, FinetuneError
-from finetune.overrides import asks_for_information, compose_jobs, flags_first
+from finetune.overrides import asks_for_information, compose_jobs, flags_first, signs_quoted
 from finetune.record import Record
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
     try:
-        sys.argv[1:] = flags_first(sys.argv[1:])
+        sys.argv[1:] = signs_quoted(flags_first(sys.argv[1:]))
         if not asks_for_information(sys.argv[1:]):
             jobs = compose_jobs(name, sys.argv[1:])
             from finetune.check import check_all  # late: from here on torch is imported

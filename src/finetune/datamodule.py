@@ -11,17 +11,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.base import ImageArray, LabelledImages, Splits
-from finetune.data.sampler import EpochBatches, epoch_order, stable_hash
+from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S), labels int64 (B,)
+Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
+Sample = tuple[Tensor, int | Tensor]
 
 
-class TransformedImages(Dataset[tuple[Tensor, int] | DataError]):
-    """One split, transformed; asked with (epoch, position) so that augmentation needs no state."""
+class TransformedImages(Dataset[Sample | DataError]):
+    """One split, transformed; asked with (epoch, position, ...), all that augmentation depends on.
+
+    What stands behind the position tells draws of one image in one epoch apart.
+    """
 
     def __init__(self, images: LabelledImages, transform: Transform, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
@@ -29,16 +33,15 @@ class TransformedImages(Dataset[tuple[Tensor, int] | DataError]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, where: tuple[int, int]) -> tuple[Tensor, int] | DataError:
-        epoch, position = where
+    def __getitem__(self, where: tuple[int, ...]) -> Sample | DataError:
         try:
-            image, label = self.images[position]
+            image, label = self.images[where[1]]
         except DataError as error:
             return error  # raised in a worker it would become a traceback
-        return seeded(self.transform, image, stable_hash(self.seed, epoch, position)), label
+        return seeded(self.transform, image, stable_hash(self.seed, *where)), label
 
 
-class LazyLoader(DataLoader[tuple[Tensor, int] | DataError]):
+class LazyLoader(DataLoader[Sample | DataError]):
     """A DataLoader that asks its sampler when the first batch is drawn, not at iter().
 
     Lightning calls iter() before the epoch's counters are set, and workers prefetch at once.
@@ -51,13 +54,16 @@ class LazyLoader(DataLoader[tuple[Tensor, int] | DataError]):
             yield batch
 
 
-def collate(samples: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
-    """Stack images (B, 3, S, S) and labels (B,); or the first error, to be raised by the loader."""
+def collate(samples: list[Sample | DataError]) -> Batch | DataError:
+    """Stack images (B, 3, S, S) and labels (B,), or targets (B, K); or give the first error."""
+    good: list[Sample] = []
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+        good.append(sample)
+    images, labels = zip(*good, strict=True)
+    several = isinstance(labels[0], Tensor)
+    return torch.stack(images), torch.stack(labels) if several else torch.tensor(labels)
 
 
 def usable_cores() -> int:
@@ -66,7 +72,10 @@ def usable_cores() -> int:
 
 
 class DataModule(L.LightningDataModule):
-    """Splits to batches. batch_size: per device. num_workers: None chooses from cores and data."""
+    """Splits to batches. batch_size: per device. num_workers: None chooses from cores and data.
+
+    balanced: training draws every class equally often, and rare images more than once an epoch.
+    """
 
     def __init__(
         self,
@@ -76,9 +85,10 @@ class DataModule(L.LightningDataModule):
         batch_size: int,
         num_workers: int | None = None,
         seed: int = 0,
+        balanced: bool = False,
     ) -> None:
         super().__init__()
-        self.splits = splits
+        self.splits, self.balanced = splits, balanced
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.seed = batch_size, seed
         # images in memory are transformed faster than they are sent between processes
@@ -102,9 +112,9 @@ class DataModule(L.LightningDataModule):
 
     def first_training_images(self, most: int) -> Tensor:
         """The first augmented images of the run, uint8 (N, 3, S, S): to look at."""
-        order = epoch_order(len(self.splits.train), self.seed, epoch=0)[:most]
         images = TransformedImages(self.splits.train, self.train_transform, self.seed)
-        batch = collate([images[0, position] for position in order])
+        order = self._batches(self.splits.train, shuffle=True).order(epoch=0)[:most]
+        batch = collate([images[where] for where in order])
         if isinstance(batch, DataError):
             raise batch
         return batch[0]
@@ -120,15 +130,7 @@ class DataModule(L.LightningDataModule):
                 f"{name} has {len(images)} images, but {world_size} devices need at least "
                 f"{needed}; fewer devices: trainer.devices=1"
             )
-        sampler = EpochBatches(
-            len(images),
-            self.batch_size,
-            self.seed,
-            shuffle,
-            rank,
-            world_size,
-            self._where if shuffle else lambda: (0, 0),
-        )
+        sampler = self._batches(images, shuffle, rank, world_size)
         options: dict[str, Any] = {}
         if self.num_workers > 0:
             options = {"persistent_workers": True, "prefetch_factor": 4}
@@ -139,6 +141,20 @@ class DataModule(L.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             **options,
+        )
+
+    def _batches(
+        self, images: LabelledImages, shuffle: bool, rank: int = 0, world_size: int = 1
+    ) -> EpochBatches:
+        return EpochBatches(
+            len(images),
+            self.batch_size,
+            self.seed,
+            shuffle,
+            rank,
+            world_size,
+            self._where if shuffle else lambda: (0, 0),
+            images.strata() if shuffle and self.balanced else None,
         )
 
     def _where(self) -> tuple[int, int]:

@@ -32,7 +32,6 @@ def evaluate(cfg: DictConfig) -> None:
     from finetune.files import write_json
     from finetune.overrides import compose_run, quoted
     from finetune.restore import load
-    from finetune.tasks.classification import per_class_accuracy
 
     fit.quiet_libraries()
     run = Path(cfg.run)
@@ -58,22 +57,21 @@ def evaluate(cfg: DictConfig) -> None:
         theirs, ours = listed(splits.classes, most=5), listed(model.classes, most=5)
         raise DataError(f"the classes of this data are {theirs}; the run was trained on {ours}")
     budget = build.build_budget(run_cfg, len(splits.train))
-    task = build.build_task(run_cfg, model, budget)
+    task = build.build_task(run_cfg, model, budget)  # unbalanced: only training is balanced
     datamodule = build.build_datamodule(run_cfg, splits, model)
     trainer = build.build_trainer(run_cfg, run, budget, callbacks=[], loggers=[])
     measure = trainer.test if cfg.split == "test" else trainer.validate
     measure(task, datamodule=datamodule, verbose=False)
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    assert task.last_confusion is not None
-    per_class = dict(zip(model.classes, per_class_accuracy(task.last_confusion), strict=True))
+    per_class = dict(zip(model.classes, task.last_per_class, strict=True))
     target = Path(cfg.output or run) / "metrics.json"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         facts = {"split": cfg.split, "images": len(images), **values}
-        write_json(target, {**facts, "per_class_accuracy": per_class})
+        write_json(target, {**facts, f"per_class_{task.per_class_metric}": per_class})
     except OSError as error:
         raise ConfigError(f"output: {target} cannot be written: {error}") from error
-    fit.print_metrics({cfg.split: values}, per_class, cfg.split)
+    fit.print_metrics({cfg.split: values}, per_class, cfg.split, task.per_class_metric)
     log.info("%d images of %s; written to %s", len(images), cfg.split, target)
 
 

@@ -34,7 +34,8 @@ from finetune.callbacks import (
     tensorboard,
 )
 from finetune.cli import shown_path
-from finetune.data.base import LabelledImages, Splits
+from finetune.data.balance import warn_of_imbalance
+from finetune.data.base import LabelledImages, Splits, label_counts
 from finetune.datamodule import DataModule
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.loggers import end_wandb
@@ -42,7 +43,6 @@ from finetune.model import Classifier
 from finetune.recipes import Choice, Recipe, none
 from finetune.record import Record
 from finetune.tasks.base import Task, parameter_counts
-from finetune.tasks.classification import per_class_accuracy
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +97,13 @@ def train_and_test(
     parts = prepare(cfg, why_model)
     cfg = parts.cfg
     resume_from, resumed_at = find_resume(cfg, run)
-    best, throughput = BestCheckpoint(run, cfg.monitor), Throughput()
+    monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
+    best, throughput = BestCheckpoint(run, monitor), Throughput()
     callbacks: list[Callback] = [throughput, best, Pictures(), steps, stop]
     if cfg.max_steps is not None:
         callbacks.insert(0, MaxSteps(cfg.max_steps))
     if cfg.patience is not None:
-        callbacks.append(EarlyStop(cfg.monitor, cfg.patience))
+        callbacks.append(EarlyStop(monitor, cfg.patience))
     loggers = build.build_loggers(cfg, run, resumed_at)
     trainer = build.build_trainer(cfg, run, parts.budget, callbacks, loggers)
     if record:
@@ -127,19 +128,20 @@ def train_and_test(
         logger.finalize("success")  # closed by Lightning after the test, and opened again since
     if record:
         first_step = throughput.first_step_at
+        per_class = {results.per_class_split: results.per_class}
         record.update(
             best={k: best.best[k] for k in ("epoch", "step", "monitor", "value")}
             | {"path": str(best.path.relative_to(run))},
             val=results.val,
             test=results.test,
-            per_class_accuracy={results.per_class_split: results.per_class},
+            **{f"per_class_{results.per_class_metric}": per_class},
             images_per_second=throughput.images_per_second,
             seconds=time.time() - began,
             time_to_first_step=first_step and first_step - finetune.STARTED,
         )
         record.update(status="finished")  # last: all before can be repeated
         splits = {"val": results.val} | ({"test": results.test} if results.test else {})
-        print_metrics(splits, results.per_class, results.per_class_split)
+        print_metrics(splits, results.per_class, results.per_class_split, results.per_class_metric)
         log.info("run: %s", shown_path(run))
         if tensorboard(trainer):
             log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
@@ -172,7 +174,9 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
         log.info("recipe: %s=%s (%s)", choice.key, choice.value, choice.why)
     resolve.fill(cfg, none(data, facts))
     budget = build.build_budget(cfg, len(splits.train))
-    task = build.build_task(cfg, model, budget)
+    task = build.build_task(cfg, model, budget, splits.train)
+    if cfg.data.get("balance") is None and not task.multilabel:
+        warn_of_imbalance(label_counts(splits.train.labels, len(model.classes)), model.classes)
     task.freeze_what_never_trains()
     check_monitor(cfg.monitor, task)
     check_batch(cfg.batch_size, model)
@@ -187,13 +191,13 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
     return Parts(cfg, choices, splits, budget, task, build.build_datamodule(cfg, splits, model))
 
 
-def check_monitor(monitor: str, task: Task) -> None:
+def check_monitor(monitor: str | None, task: Task) -> None:
     """Raise ConfigError before the training for what only the number of classes can tell."""
-    known = [f"val/{name}" for name in task.metric_names]
-    if monitor not in known:
+    num_classes = len(task.model.classes)
+    if monitor == "val/top5" and num_classes <= 5:
+        known = ", ".join(f"val/{name}" for name in task.metric_names if name != "top5")
         raise ConfigError(
-            f"monitor={monitor}: not measured with {len(task.model.classes)} classes; "
-            f"there are {', '.join(known)}"
+            f"monitor={monitor}: not measured with {num_classes} classes; there are {known}"
         )
 
 
@@ -234,11 +238,12 @@ class Results:
     test: dict[str, float]
     per_class: dict[str, float | None]
     per_class_split: str
+    per_class_metric: str
 
 
 def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint) -> Results:
     """Val as it was at the best; test, read once, with the weights of the best."""
-    val, confusion = dict(best.best["metrics"]), best.confusion
+    val, per_class = dict(best.best["metrics"]), best.per_class
     test: dict[str, float] = {}
     if parts.splits.test is None:
         log.info("no test split: nothing is tested; val chose the best and is no fair estimate")
@@ -246,10 +251,9 @@ def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint) -> Resu
         parts.task.model.load_state_dict(checkpoint.read(best.path).state_dict)
         trainer.test(parts.task, datamodule=parts.datamodule, verbose=False)
         test = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-        confusion = parts.task.last_confusion
-    assert confusion is not None  # of the last validation or test
-    per_class = dict(zip(parts.splits.classes, per_class_accuracy(confusion), strict=True))
-    return Results(val, test, per_class, "test" if test else "val")
+        per_class = parts.task.last_per_class
+    named = dict(zip(parts.splits.classes, per_class, strict=True))
+    return Results(val, test, named, "test" if test else "val", parts.task.per_class_metric)
 
 
 def named_splits(splits: Splits) -> dict[str, LabelledImages]:
@@ -397,11 +401,14 @@ def number(text: str) -> float | str:
 
 
 def print_metrics(
-    splits: Mapping[str, Mapping[str, float]], per_class: Mapping[str, float | None], split: str
+    splits: Mapping[str, Mapping[str, float]],
+    per_class: Mapping[str, float | None],
+    split: str,
+    metric: str,
 ) -> None:
-    """A table of metrics by split, and the accuracy of at most 20 classes, else the 20 worst.
+    """A table of metrics by split, and the metric of at most 20 classes, else of the 20 worst.
 
-    splits: {"val": {"val/accuracy": ...}}. per_class, split: what the accuracies are measured on.
+    splits: {"val": {"val/accuracy": ...}}. split: what per_class was measured on.
     """
     console = Console()
     table = Table("metric", *splits)
@@ -410,7 +417,7 @@ def print_metrics(
         table.add_row(name, *(f"{values[f'{s}/{name}']:.4f}" for s, values in splits.items()))
     console.print(table)
     measured = [(name, value) for name, value in per_class.items() if value is not None]
-    title = f"accuracy per class on {split}"
+    title = f"{metric.replace('_', ' ')} per class on {split}"
     if len(measured) > 20:
         measured = sorted(measured, key=lambda item: item[1])[:20]
         title += f", the 20 worst of {len(per_class)}"

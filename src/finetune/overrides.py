@@ -35,6 +35,15 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
     return [*flags, *(a for a in arguments if a not in flags)]
 
 
+def signs_quoted(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a value that is one sign in quotes: Hydra's grammar lacks ';'."""
+    single = (re.fullmatch(r"([\w.@/+]+=)([^\w\s'\"])", argument) for argument in arguments)
+    return [
+        argument if found is None else found[1] + quoted(found[2])
+        for argument, found in zip(arguments, single, strict=True)
+    ]
+
+
 def _parsed(arguments: Sequence[str]) -> Namespace:
     parser = get_args_parser()
     args, unknown = parser.parse_known_args(list(arguments))

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,17 +37,26 @@ def task(cfg: DictConfig) -> None:
 def predict(cfg: DictConfig) -> None:
     """Write predictions.csv: path, class, probability, top5; a row per image that can be read.
 
+    Of a run with task=multilabel, class holds all classes above 0.5, with the separator of its
+    table between them, or nothing; probability is that of the most probable class.
+
     Raises FinetuneError for a user's mistake; with strict=true also if a file cannot be read.
     """
     import torch  # late: --help must not wait for it
     from torch.utils.data import DataLoader
 
+    from finetune.data.transforms import from_anything
     from finetune.datamodule import usable_cores
     from finetune.errors import ConfigError, DataError
     from finetune.files import write_whole
-    from finetune.restore import load
+    from finetune.record import Record
+    from finetune.restore import saved_model
 
-    model, transform, classes = load(cfg.run, cfg.target)
+    saved, model = saved_model(Path(cfg.run), cfg.target)
+    transform, classes = from_anything(saved.input_spec), saved.classes
+    multilabel = saved.task == "multilabel"
+    data = Record.read(Path(cfg.run)).facts["config"]["data"]
+    separator = data.get("label_separator") or ";"
     paths = list(images_below(Path(cfg.input)))
     output = Path(cfg.output)
     if output.is_dir():
@@ -71,10 +81,17 @@ def predict(cfg: DictConfig) -> None:
             if not good:
                 continue
             logits = model(torch.stack([image for _, image in good]).to(device))
-            top, labels = logits.float().softmax(1).topk(min(5, len(classes)))
-            for (path, _), shares, best in zip(good, top.tolist(), labels.tolist(), strict=True):
+            logits = logits.float()
+            probabilities = logits.sigmoid() if multilabel else logits.softmax(1)
+            top, labels = probabilities.topk(min(5, len(classes)))
+            found = (logits > 0).tolist()  # above 0.5
+            for (path, _), shares, best, above in zip(
+                good, top.tolist(), labels.tolist(), found, strict=True
+            ):
                 named = [f"{classes[k]}:{share:.4f}" for k, share in zip(best, shares, strict=True)]
-                rows.append([path, classes[best[0]], f"{shares[0]:.4f}", " ".join(named)])
+                several = separator.join(compress(classes, above))
+                chosen = several if multilabel else classes[best[0]]
+                rows.append([path, chosen, f"{shares[0]:.4f}", " ".join(named)])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     content = text.getvalue().encode("utf-8", "surrogateescape")

@@ -33,6 +33,7 @@ def data_facts(cfg: DictConfig, splits: Splits, num_devices: int) -> DataFacts:
         image_area=int(median(height * width for height, width in sizes)),
         batch=cfg.batch_size * num_devices,
         accumulate=cfg.trainer.accumulate_grad_batches,
+        single_label=train.num_classes is None,
     )
 
 

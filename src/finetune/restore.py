@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from finetune import checkpoint
 from finetune.backbones.run import misfit, rebuild
+from finetune.checkpoint import Checkpoint
 from finetune.data import transforms
 from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
@@ -27,7 +28,12 @@ def load(run: str | Path, target: str | None = None) -> Loaded:
     target: dotted path of your class, for a run of model=module.
     Raises CheckpointError if run is no run directory or its checkpoint is damaged.
     """
-    run = Path(run)
+    saved, model = saved_model(Path(run), target)
+    return Loaded(model, transforms.from_anything(saved.input_spec), saved.classes)
+
+
+def saved_model(run: Path, target: str | None) -> tuple[Checkpoint, Classifier]:
+    """The best checkpoint of a run, and its model as load gives it."""
     Record.read(run)  # says what a run directory is, if this is none
     path = checkpoint.best_path(run)
     if not path.is_file():
@@ -41,4 +47,4 @@ def load(run: str | Path, target: str | None = None) -> Loaded:
         model.load_state_dict(saved.state_dict)
     except RuntimeError as error:
         raise misfit(path, saved, error) from error
-    return Loaded(model.eval(), transforms.from_anything(saved.input_spec), saved.classes)
+    return saved, model.eval()

@@ -48,24 +48,54 @@ class ImageArray:
         return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
+Label = int | tuple[int, ...]  # of an image: its class; or, multi-label, any number of classes
+
+
 @dataclass(frozen=True)
 class LabelledImages:
-    """One split. indices choose among images; labels belong to the chosen ones, in order."""
+    """One split. indices choose among images; labels belong to the chosen ones, in order.
+
+    num_classes: K where an image has any number of labels, a tuple; None where it has one.
+    """
 
     images: Images
     indices: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Label, ...]
+    num_classes: int | None = None
 
     @classmethod
-    def of(cls, images: Images, labels: Sequence[int]) -> "LabelledImages":
-        """All images, with one label each."""
-        return cls(images, tuple(range(len(images))), tuple(int(label) for label in labels))
+    def of(
+        cls, images: Images, labels: Sequence[Label], num_classes: int | None = None
+    ) -> "LabelledImages":
+        """All images, with their labels."""
+        plain = (label if isinstance(label, tuple) else int(label) for label in labels)
+        return cls(images, tuple(range(len(images))), tuple(plain), num_classes)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        return self.images[self.indices[position]], self.labels[position]
+    def __getitem__(self, position: int) -> tuple[Tensor, int | Tensor]:
+        """Image, and its label or, multi-label, its targets: 0 or 1, float (K,)."""
+        image, label = self.images[self.indices[position]], self.labels[position]
+        if self.num_classes is None:
+            assert isinstance(label, int)
+            return image, label
+        return image, target_matrix([label], self.num_classes)[0]
+
+    def targets(self, num_classes: int) -> Tensor:
+        """1 where an image has a class, else 0: float (N, K)."""
+        return target_matrix(self.labels, num_classes)
+
+    def strata(self) -> list[int]:
+        """One class per image to cut by: its label; of several, the rarest here; K if it has none.
+
+        Of equally rare ones it is the first.
+        """
+        if self.num_classes is None:
+            return [label for label in self.labels if isinstance(label, int)]
+        counts = [*label_counts(self.labels, self.num_classes), len(self) + 1]
+        none = (self.num_classes,)
+        return [min(labels_of(label) or none, key=lambda k: counts[k]) for label in self.labels]
 
     def subset(self, positions: Sequence[int]) -> "LabelledImages":
         """The images at these positions, in this order."""
@@ -90,6 +120,20 @@ class Splits:
     skipped: tuple[dict[str, str], ...] = field(default=())
 
 
-def label_counts(labels: Sequence[int], num_classes: int) -> list[int]:
+def labels_of(label: Label) -> tuple[int, ...]:
+    """The classes of an image: one, or any number."""
+    return label if isinstance(label, tuple) else (label,)
+
+
+def label_counts(labels: Sequence[Label], num_classes: int) -> list[int]:
     """Images per class, (K,)."""
-    return torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=num_classes).tolist()
+    flat = [k for label in labels for k in labels_of(label)]
+    return torch.bincount(torch.tensor(flat, dtype=torch.long), minlength=num_classes).tolist()
+
+
+def target_matrix(labels: Sequence[Label], num_classes: int) -> Tensor:
+    """1 where an image has a class, else 0: float (N, K)."""
+    matrix = torch.zeros(len(labels), num_classes)
+    for row, label in zip(matrix, labels, strict=True):
+        row[list(labels_of(label))] = 1
+    return matrix

@@ -3,7 +3,7 @@
 import csv as comma_separated
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,19 @@ _MOST_SHOWN = 20
 class _Row:
     line: int
     path: str  # absolute, normalised
-    label: str
+    labels: tuple[str, ...]  # one, or any number if the table has a separator
     split: str  # train, val or test; "" in a table without splits
 
 
-def csv(table: str, root: str | None = None, split_seed: int = 0) -> Splits:
+def csv(
+    table: str, root: str | None = None, split_seed: int = 0, label_separator: str | None = None
+) -> Splits:
     """Columns path,label[,split] with a header; others are ignored. UTF-8, commas.
 
     Paths are relative to root, by default the table's folder, and must stay inside it. Classes are
     the labels in alphabetical order. Without split, it is cut 70 / 15 / 15 by split_seed.
-    DataError lists all bad rows at once.
+    label_separator: stands between the labels of an image, which may have several or, with an
+    empty field, none; None for one label each. DataError lists all bad rows at once.
     """
     file = Path(table).expanduser()
     if not file.is_file():
@@ -39,13 +42,21 @@ def csv(table: str, root: str | None = None, split_seed: int = 0) -> Splits:
         raise DataError(f"data.table={table}: {here} {what}")
     folder = file.parent if root is None else existing_folder(root, "The table is data.table")
 
-    rows = _rows(file, folder.resolve())
-    classes = tuple(sorted({row.label for row in rows}))
+    rows = _rows(file, folder.resolve(), label_separator)
+    classes = tuple(sorted({label for row in rows for label in row.labels}))
+    if not classes:
+        raise DataError(f"{printable(file)}: no row has a label")
     index = {name: label for label, name in enumerate(classes)}
+
+    def labelled(chosen: Sequence[_Row]) -> LabelledImages:
+        images = ImageFiles([Path(row.path) for row in chosen])
+        if label_separator is None:
+            return LabelledImages.of(images, [index[row.labels[0]] for row in chosen])
+        labels = [tuple(index[label] for label in row.labels) for row in chosen]
+        return LabelledImages.of(images, labels, num_classes=len(classes))
+
     splits = {
-        split: LabelledImages.of(
-            ImageFiles([Path(row.path) for row in chosen]), [index[row.label] for row in chosen]
-        )
+        split: labelled(chosen)
         for split in ("", "train", "val", "test")
         if (chosen := [row for row in rows if row.split == split])
     }
@@ -56,7 +67,7 @@ def csv(table: str, root: str | None = None, split_seed: int = 0) -> Splits:
     return Splits(classes, splits["train"], splits.get("val"), splits.get("test"))
 
 
-def _rows(table: Path, root: Path) -> list[_Row]:
+def _rows(table: Path, root: Path, separator: str | None) -> list[_Row]:
     """All rows, double ones once; DataError where any of them is bad."""
     rows: dict[str, _Row] = {}
     problems: list[tuple[int, str]] = []
@@ -66,12 +77,15 @@ def _rows(table: Path, root: Path) -> list[_Row]:
         row = _Row(
             line,
             os.path.normpath(os.path.join(root, fields["path"])),  # noqa: PTH118
-            fields["label"].strip(),
+            _labels(fields["label"], separator),
             SPLIT_NAMES.get(fields["split"].strip().lower(), "") if "split" in fields else "",
         )
-        stripped += row.label != fields["label"]
+        stripped += separator is None and row.labels != (fields["label"],)
         earlier = rows.get(row.path)
-        if problem := _problem(row, fields, root) or (earlier and _conflict(row, earlier)):
+        problem = _problem(row, fields, root, separator)
+        if earlier and not problem:
+            problem = _conflict(row, earlier)
+        if problem:
             problems.append((line, problem))
         doubled += earlier is not None
         rows.setdefault(row.path, row)
@@ -89,6 +103,13 @@ def _rows(table: Path, root: Path) -> list[_Row]:
     if doubled:
         log.warning("%s: %d rows stand there twice and count once", printable(table), doubled)
     return list(rows.values())
+
+
+def _labels(field: str, separator: str | None) -> tuple[str, ...]:
+    """The one label of a field; or all of them, sorted, each once."""
+    if separator is None:
+        return (field.strip(),)
+    return tuple(sorted({label.strip() for label in field.split(separator)} - {""}))
 
 
 def _records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -119,11 +140,13 @@ def _records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise DataError(f"{printable(table)}, line {reader.line_num}: {error}") from error
 
 
-def _problem(row: _Row, fields: dict[str, str], root: Path) -> str | None:
+def _problem(row: _Row, fields: dict[str, str], root: Path, separator: str | None) -> str | None:
     if not fields["path"]:
         return "no path"
-    if not row.label or row.label.lower() == "nan":
+    if "" in row.labels or (separator is None and row.labels[0].lower() == "nan"):
         return f"{fields['path']!r} has no label ({fields['label']!r})"
+    if any(label.lower() == "nan" for label in row.labels):
+        return f"{fields['path']!r} has the label 'nan'; leave the field empty for no label"
     if "split" in fields and not row.split:
         return f"unknown split {fields['split']!r}: one of train, val, test"
     if not row.path.startswith(os.path.join(root, "")):  # noqa: PTH118
@@ -135,8 +158,9 @@ def _problem(row: _Row, fields: dict[str, str], root: Path) -> str | None:
 
 def _conflict(row: _Row, earlier: _Row) -> str | None:
     """What two rows of one file contradict each other in."""
-    if row.label != earlier.label:
-        return f"labelled {row.label!r} here and {earlier.label!r} in line {earlier.line}"
+    if row.labels != earlier.labels:
+        here, there = (", ".join(labels) for labels in (row.labels, earlier.labels))
+        return f"labelled {here!r} here and {there!r} in line {earlier.line}"
     if row.split != earlier.split:
         return f"in {row.split} here and in {earlier.split} in line {earlier.line}"
     return None

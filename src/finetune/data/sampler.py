@@ -1,7 +1,7 @@
 """Which image comes when: a pure function of (seed, epoch), so that no state needs saving."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -20,6 +20,22 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def balanced_order(labels: Sequence[int], seed: int, epoch: int) -> list[int]:
+    """As many positions as labels (N,), drawn with replacement, of every class equally many.
+
+    The counts of two classes differ by one at most; within a class each image is as likely.
+    """
+    generator = torch.Generator().manual_seed(stable_hash("balanced", seed, epoch))
+    by_class = torch.argsort(torch.tensor(labels), stable=True)
+    _, counts = torch.tensor(labels).unique(return_counts=True)
+    # the classes in turn, from one that is drawn; then shuffled
+    turns = torch.randint(len(counts), (1,), generator=generator) + torch.arange(len(labels))
+    drawn = (turns % len(counts))[torch.randperm(len(labels), generator=generator)]
+    within = torch.rand(len(labels), generator=generator, dtype=torch.float64) * counts[drawn]
+    order: list[int] = by_class[(counts.cumsum(0) - counts)[drawn] + within.long()].tolist()
+    return order
+
+
 def batch_bounds(num_images: int, global_batch: int, smallest: int) -> list[tuple[int, int]]:
     """[start, stop) of the batches of an epoch.
 
@@ -32,11 +48,13 @@ def batch_bounds(num_images: int, global_batch: int, smallest: int) -> list[tupl
     return list(zip(starts, [*starts[1:], num_images], strict=True))
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
+class EpochBatches(Sampler[list[tuple[int, ...]]]):
     """The batches of one rank as lists of (epoch, position), from where the training loop stands.
 
     where: gives (epoch, first batch); asked when the first batch is drawn, since a resume sets the
     loop's counters later than it asks for the iterator. shuffle=False: in order, for evaluation.
+    labels: given, every class is drawn equally often, as (epoch, position, place in the epoch):
+    an image that comes again in an epoch is augmented anew.
     """
 
     def __init__(
@@ -48,22 +66,30 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         where: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        labels: Sequence[int] | None = None,
     ) -> None:
         # BatchNorm needs two images a rank to train on
         smallest = world_size * (2 if shuffle else 1)
         self.bounds = batch_bounds(num_images, batch_size * world_size, smallest)
         self.num_images, self.seed, self.shuffle = num_images, seed, shuffle
         self.rank, self.world_size, self.where = rank, world_size, where
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.bounds)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, first = self.where()
-        order: list[int] | range = range(self.num_images)
-        if self.shuffle:
+    def order(self, epoch: int) -> list[tuple[int, ...]]:
+        """What all ranks together draw in an epoch, in order."""
+        if not self.shuffle:
+            return [(epoch, position) for position in range(self.num_images)]
+        if self.labels is None:
             order = epoch_order(self.num_images, self.seed, epoch)
+            return [(epoch, position) for position in order]
+        balanced = balanced_order(self.labels, self.seed, epoch)
+        return [(epoch, position, place) for place, position in enumerate(balanced)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        epoch, first = self.where()
+        order = self.order(epoch)
         for start, stop in self.bounds[first:]:
-            yield [
-                (epoch, position) for position in order[start:stop][self.rank :: self.world_size]
-            ]
+            yield order[start:stop][self.rank :: self.world_size]

@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
+from itertools import islice, product
 
 import numpy as np
 
-from finetune.data.base import LabelledImages, Splits, label_counts
+from finetune.data.base import LabelledImages, Splits, label_counts, labels_of
 from finetune.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,19 @@ def cut(
     fractions: of the parts, they sum to 1. A class gives every part at least one image; where it
     has too few for that, it stays wholly in the first part, and a warning names it by classes.
     """
+    parts, too_small = _dealt(labels, fractions, seed)
+    if too_small:
+        log.warning(
+            "%d of the classes have too few images to cut into %d parts and stay in train: %s",
+            len(too_small), len(parts), _names(too_small, classes),
+        )  # fmt: skip
+    return parts
+
+
+def _dealt(
+    labels: Sequence[int], fractions: Sequence[float], seed: int
+) -> tuple[list[list[int]], list[int]]:
+    """The parts, and the labels that are too small to be cut."""
     parts: list[list[int]] = [[] for _ in fractions]
     too_small = []
     for label, shuffled in _shuffled_classes(labels, seed):
@@ -40,18 +55,47 @@ def cut(
         bounds = np.cumsum([first, *counts])[:-1]
         for part, positions in zip(parts, np.split(shuffled, bounds), strict=True):
             part.extend(positions.tolist())
-    if too_small:
-        log.warning(
-            "%d of the classes have too few images to cut into %d parts and stay in train: %s",
-            len(too_small), len(parts), _names(too_small, classes),
-        )  # fmt: skip
+    return [sorted(part) for part in parts], too_small
+
+
+def cut_images(
+    images: LabelledImages, fractions: Sequence[float], seed: int, classes: Sequence[str] = ()
+) -> list[list[int]]:
+    """As cut; images with several labels go by the rarest one of each.
+
+    Their first part then gets an image of every class, and the others too, if another part keeps
+    one of each of its classes without that image.
+    """
+    if images.num_classes is None:
+        return cut(images.strata(), fractions, seed, classes)
+    parts, _ = _dealt(images.strata(), fractions, seed)
+    counts = [label_counts([images.labels[p] for p in part], images.num_classes) for part in parts]
+
+    def spare(part: int, label: int, must_keep: bool) -> int | None:
+        for position in parts[part]:
+            labels = labels_of(images.labels[position])
+            if label in labels and not (must_keep and any(counts[part][k] < 2 for k in labels)):
+                return position
+        return None
+
+    for taker, label in product(range(len(parts)), range(images.num_classes)):
+        if counts[taker][label]:
+            continue
+        for giver in range(len(parts)):
+            if (position := spare(giver, label, must_keep=taker > 0)) is not None:
+                parts[giver].remove(position)
+                parts[taker].append(position)
+                for k in labels_of(images.labels[position]):
+                    counts[giver][k] -= 1
+                    counts[taker][k] += 1
+                break
     return [sorted(part) for part in parts]
 
 
 def cut_splits(images: LabelledImages, classes: tuple[str, ...], seed: int) -> Splits:
     """Splits of a set that is published or stored in one piece: 70, 15 and 15 %, stratified."""
-    train, val, test = cut(images.labels, TRAIN_VAL_TEST, seed, classes)
-    if images.labels and not val:
+    train, val, test = cut_images(images, TRAIN_VAL_TEST, seed, classes)
+    if len(images) and not val:
         raise DataError(
             f"{len(images)} images of {len(classes)} classes cannot be cut into train, val and "
             "test: no class has three images. Add images, or make the splits yourself"
@@ -63,7 +107,7 @@ def cut_val(splits: Splits, seed: int, fraction: float = 0.15) -> Splits:
     """The same with val cut from train where val is None, stratified."""
     if splits.val is not None:
         return splits
-    train, val = cut(splits.train.labels, (1 - fraction, fraction), seed, splits.classes)
+    train, val = cut_images(splits.train, (1 - fraction, fraction), seed, splits.classes)
     if splits.train.labels and not val:
         raise DataError(
             "val cannot be cut from train: no class has two images. "
@@ -72,10 +116,54 @@ def cut_val(splits: Splits, seed: int, fraction: float = 0.15) -> Splits:
     return replace(splits, train=splits.train.subset(train), val=splits.train.subset(val))
 
 
+def select_classes(splits: Splits, names: Sequence[str | int] | None) -> Splits:
+    """The same with the images of these classes only, in every split; labels are re-numbered.
+
+    names: in any order, since the classes keep that of the dataset; a whole number stands for the
+    name that it spells. None for all. Raises ConfigError for a name that the dataset lacks.
+    Of images with several labels all stay: one without any of these classes is an example of none.
+    """
+    if names is None:
+        return splits
+    wanted = [str(name) for name in names]
+    if unknown := [name for name in wanted if name not in splits.classes]:
+        close = dict.fromkeys(
+            match for name in unknown for match in get_close_matches(name, splits.classes, n=3)
+        )
+        raise ConfigError(
+            f"data.classes: no class {listed(unknown)}; "
+            + (f"close: {listed(list(close))}" if close else f"there are {listed(splits.classes)}")
+        )
+    if len(set(wanted)) < len(wanted) or len(wanted) < 2:
+        raise ConfigError(f"data.classes=[{','.join(wanted)}]: two or more different classes")
+    kept = [label for label, name in enumerate(splits.classes) if name in wanted]
+
+    def selected(images: LabelledImages | None) -> LabelledImages | None:
+        if images is None:
+            return None
+        if images.num_classes is not None:
+            labels = (tuple(new[k] for k in labels_of(old) if k in new) for old in images.labels)
+            return replace(images, labels=tuple(labels), num_classes=len(new))
+        chosen = images.subset([p for p, k in enumerate(images.strata()) if k in new])
+        return replace(chosen, labels=tuple(new[k] for k in chosen.strata()))
+
+    new = {label: position for position, label in enumerate(kept)}
+    train = selected(splits.train)
+    assert train is not None
+    return replace(
+        splits,
+        classes=tuple(splits.classes[label] for label in kept),
+        train=train,
+        val=selected(splits.val),
+        test=selected(splits.test),
+    )
+
+
 def limit_train(splits: Splits, shots: int | None, fraction: float | None, seed: int) -> Splits:
     """The same with fewer training images: shots per class, or a fraction of each class.
 
-    A class keeps at least one image. With one seed, fewer shots are a subset of more shots.
+    A class keeps at least one image. With one seed, fewer shots are a subset of more shots. Images
+    with several labels go by the rarest one of each; shots are not for them.
     """
     if shots is not None and fraction is not None:
         raise ConfigError(
@@ -88,10 +176,16 @@ def limit_train(splits: Splits, shots: int | None, fraction: float | None, seed:
         raise ConfigError(f"data.fraction={fraction:g}: above 0 and at most 1, or null for all")
     if shots is None and fraction is None:
         return splits
+    images = splits.train
+    if shots is not None and images.num_classes is not None:
+        raise ConfigError(
+            f"data.shots={shots}: with several labels per image no number of images per class can "
+            "be kept; type data.fraction=0.1, or another part"
+        )
 
     kept: list[int] = []
     short = []
-    for label, shuffled in _shuffled_classes(splits.train.labels, seed):
+    for label, shuffled in _shuffled_classes(images.strata(), seed):
         wanted = shots or max(1, round(len(shuffled) * (fraction or 1)))
         if wanted > len(shuffled):
             short.append(label)
@@ -101,7 +195,12 @@ def limit_train(splits: Splits, shots: int | None, fraction: float | None, seed:
             "data.shots=%s: %d of the classes have fewer images in train and give them all: %s",
             shots, len(short), _names(short, splits.classes),
         )  # fmt: skip
-    return replace(splits, train=splits.train.subset(sorted(kept)))
+    # a class that is nowhere the rarest may have lost all of its images
+    counts = label_counts([images.labels[p] for p in kept], len(splits.classes))
+    for label in (label for label, count in enumerate(counts) if count == 0):
+        having = (p for p, labels in enumerate(images.labels) if label in labels_of(labels))
+        kept.extend(islice(having, 1))
+    return replace(splits, train=images.subset(sorted({*kept})))
 
 
 def check_splits(splits: Splits) -> None:

@@ -1,7 +1,7 @@
 """What every task shares: freezing, parameter groups, the lr of each step, reseeding."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -26,8 +26,14 @@ class Task(L.LightningModule):
     schedule: factor on the lr from (step, total_steps).
     """
 
+    task_name: ClassVar[str]  # as in conf/task, and in a checkpoint
+    metric_names: ClassVar[tuple[str, ...]]  # val/<name> may be monitored; the first is by default
+    per_class_metric: ClassVar[str]
+    balances: ClassVar[tuple[str, ...]]  # what data.balance may be
+    multilabel: ClassVar[bool]  # whether an image has any number of labels, not one
+
     last_confusion: Tensor | None  # (K, K) counts of the last evaluation, rows are labels
-    metric_names: tuple[str, ...]  # what val/ and test/ are measured by
+    last_per_class: list[float | None]  # per_class_metric of the last evaluation, for K classes
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Classification: one label per image, cross-entropy."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, get_args
 
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from finetune.data.balance import Balance, class_weights, log_priors
 from finetune.datamodule import Batch
 from finetune.metrics import classification_metrics
 from finetune.tasks.base import Task
@@ -16,23 +18,57 @@ from finetune.tasks.base import Task
 class Classification(Task):
     """Logs train/loss and train/accuracy per step; val/* and test/* over the whole split."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    task_name = "classification"
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "top5", "loss", "ece")
+    per_class_metric = "accuracy"
+    balances: ClassVar[tuple[str, ...]] = get_args(Balance)
+    multilabel = False
+
+    class_weights: Tensor | None
+    log_priors: Tensor | None
+
+    def __init__(
+        self,
+        *args: Any,
+        balance: Balance | None = None,
+        class_counts: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
+        """balance: of the training loss. class_counts: images of train by class, (K,)."""
         super().__init__(*args, **kwargs)
-        num_classes = len(self.model.classes)
-        self.val_metrics = SplitMetrics("val", num_classes)
-        self.test_metrics = SplitMetrics("test", num_classes)
-        self.metric_names = ("loss", *self.val_metrics.metrics)
-        self.last_confusion = None
+        weights = class_weights(class_counts) if balance == "weights" else None
+        priors = log_priors(class_counts) if balance == "logit_adjust" else None
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.register_buffer("log_priors", priors, persistent=False)
+        self.val_metrics = self.split_metrics("val")
+        self.test_metrics = self.split_metrics("test")
+        self.last_confusion, self.last_per_class = None, []
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of a training batch, balanced as asked. logits (B, K), targets (B,).
+
+        With weights, the mean is weighted too, as torch's CrossEntropyLoss has it.
+        """
+        if self.log_priors is not None:
+            logits = logits + self.log_priors
+        return F.cross_entropy(logits, targets, weight=self.class_weights)
+
+    def train_values(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What is logged of a training batch beside its loss."""
+        return {"train/accuracy": (logits.argmax(1) == targets).float().mean()}
+
+    def split_metrics(self, split: str) -> Any:
+        """All that is measured on one split."""
+        return SplitMetrics(split, len(self.model.classes))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch: mean over its images."""
-        images, labels = batch
+        """Loss of a batch: mean over its images."""
+        images, targets = batch
         logits = self.model(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = self.loss(logits, targets)
         if self.logs_this_step(batch_idx):
-            accuracy = (logits.detach().argmax(1) == labels).float().mean()
-            values = {"train/loss": loss.detach(), "train/accuracy": accuracy}
-            self.log_step(values | self.learning_rates(), self.global_step)
+            values = {"train/loss": loss.detach()} | self.train_values(logits.detach(), targets)
+            self.log_step({**values, **self.learning_rates()}, self.global_step)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -51,13 +87,14 @@ class Classification(Task):
         """Log test/*."""
         self._log_split(self.test_metrics)
 
-    def _log_split(self, metrics: "SplitMetrics") -> None:
+    def _log_split(self, metrics: Any) -> None:
         # computed over all ranks already: the value of one is everybody's
         values = metrics.compute()
         self.log_dict(values, logger=False)  # for monitor; and to the loggers:
         # at the last step done; after training a step later, which a resume logs again
         self.log_step(values, self.global_step - (self.trainer.state.fn == TrainerFn.FITTING))
-        self.last_confusion = metrics.confusion.compute().cpu()
+        self.last_confusion = metrics.confusion_counts()
+        self.last_per_class = metrics.per_class()
         metrics.reset()
 
 
@@ -83,6 +120,14 @@ class SplitMetrics(nn.Module):
         """split/name: value, of what was added since the last reset."""
         values = {"loss": self.loss.compute(), **self.metrics.compute()}
         return {f"{self.split}/{name}": value for name, value in values.items()}
+
+    def confusion_counts(self) -> Tensor:
+        """(K, K), rows the labels."""
+        return self.confusion.compute().cpu()
+
+    def per_class(self) -> list[float | None]:
+        """Accuracy; None for a class without images."""
+        return per_class_accuracy(self.confusion_counts())
 
     def reset(self) -> None:
         """Forget what was added."""
