@@ -19,14 +19,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from finetune import cli
+from finetune import cli, resolve
 from finetune.overrides import CONF
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin where cores are few
 
 # 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
 SMALL = (
-    "recipe=none",
     "data=fake",
     "data.num_classes=3",
     "data.num_images=30",
@@ -38,6 +37,7 @@ SMALL = (
     "augment.scale=[0.5,1.0]",
     "batch_size=4",
     "epochs=2",
+    "recipe=none",
 )
 
 
@@ -45,6 +45,13 @@ def composed(*overrides: str, command: str = "train") -> DictConfig:
     """The config that a command gets from conf/."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(command, list(overrides))
+
+
+def plain(*overrides: str) -> DictConfig:
+    """The same for training, with plain values where a recipe would choose."""
+    cfg = composed(*overrides)
+    resolve.fill_plainly(cfg)
+    return cfg
 
 
 def metrics_of(run: Path) -> list[tuple[int, str, float]]:

@@ -10,7 +10,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from conftest import SMALL, composed
+from conftest import SMALL, plain
 from finetune import build
 from finetune.data.balance import class_weights, log_priors, warn_of_imbalance
 from finetune.data.base import ImageArray, LabelledImages
@@ -86,7 +86,7 @@ def test_weights_are_the_inverse_frequencies():
 
 
 def task_with(balance):
-    cfg = composed(*SMALL, f"data.balance={balance}")
+    cfg = plain(*SMALL, f"data.balance={balance}")
     splits = build.build_splits(cfg)
     model = build.build_model(cfg, splits.classes)
     budget = build.build_budget(cfg, len(splits.train))
@@ -157,7 +157,7 @@ def test_a_run_warns_unless_it_was_told_to_leave_it(train, monkeypatch, caplog, 
 
 
 def test_a_balanced_run_draws_classes_equally_in_training_alone():
-    cfg = composed(*SMALL, "data.balance=sampler")
+    cfg = plain(*SMALL, "data.balance=sampler")
     splits = build.build_splits(cfg)
     uneven = splits.train.subset([p for p, k in enumerate(splits.train.labels) if k < 2 or p < 3])
     splits = replace(splits, train=uneven)

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from conftest import composed
-from finetune import build
+from finetune import build, recipes, resolve
 from finetune.data.base import ImageArray, ImageFiles, LabelledImages, Splits
 from finetune.data.fake import fake
 from finetune.data.sampler import epoch_order
 from finetune.data.transforms import evaluation, strong
 from finetune.datamodule import DataModule, collate
 from finetune.errors import DataError
+from finetune.recipes import DataFacts, ModelFacts
 from finetune.specs import InputSpec
 
 SPEC = InputSpec(8, 8)
@@ -149,6 +150,10 @@ def test_a_batch_of_one_image_is_a_batch():
 )
 def test_how_long_a_run_trains(num_images, overrides, expected):
     cfg = composed("data=fake", "trainer.accelerator=cpu", "batch_size=64", *overrides)
+    facts = DataFacts(
+        num_images, image_area=1, batch=64, accumulate=cfg.trainer.accumulate_grad_batches
+    )
+    resolve.fill(cfg, recipes.none(facts, ModelFacts("CNN", pretrained=True, num_parameters=1)))
     budget = build.build_budget(cfg, num_images)
     epochs, steps, total = expected
     assert (budget.steps_per_epoch, budget.total_steps) == (steps, total)

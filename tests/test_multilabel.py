@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 
 import finetune
-from conftest import SMALL, composed, facts_of, finish, series
+from conftest import SMALL, composed, facts_of, finish, plain, series
 from finetune import build, checkpoint
 from finetune.backbones.run import run
 from finetune.data.base import ImageArray, LabelledImages, Splits
@@ -244,7 +244,7 @@ def write_single(table):
 
 
 def test_the_loss_is_that_of_a_plain_loop():
-    cfg = composed("data=csv", "data.table=x", "data.label_separator=';'", "task=multilabel",
+    cfg = plain("data=csv", "data.table=x", "data.label_separator=';'", "task=multilabel",
                    *(o for o in SMALL if not o.startswith("data")))  # fmt: skip
     model = build.build_model(cfg, COLOURS)
     images = several([(0,), (1, 2), ()], 3)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from conftest import SMALL, facts_of, write_photos
-from finetune import build
+from finetune import build, resolve
 from finetune.callbacks import StepCheckpoints
 from finetune.check import check_all
 from finetune.overrides import CONF, compose_jobs
@@ -355,6 +355,7 @@ def test_options_build_as_they_are_written(group, reader, monkeypatch):
     if cfg.data.get("name") in CASES:  # their few images leave none for val
         uncut = lambda splits, seed: replace(splits, val=splits.val or splits.train)  # noqa: E731
         monkeypatch.setattr(build, "cut_val", uncut)
+    resolve.fill_plainly(cfg)
     splits = build.build_splits(cfg)
     model = build.build_model(cfg, splits.classes)
     task = build.build_task(cfg, model, build.build_budget(cfg, len(splits.train)))

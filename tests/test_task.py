@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import SMALL, composed, metrics_of
+from conftest import SMALL, metrics_of, plain
 from finetune import build
 from finetune.strategies.full import Full
 from finetune.strategies.linear_probe import LinearProbe
@@ -44,7 +44,7 @@ class Watch(L.Callback):
 
 def watched(strategy, tmp_path, *overrides):
     """Train with a strategy; everything else as composed."""
-    cfg = composed(*SMALL, "optimizer.weight_decay=0.1", *overrides)
+    cfg = plain(*SMALL, "optimizer.weight_decay=0.1", *overrides)
     splits = build.build_splits(cfg)
     model = build.build_model(cfg, splits.classes)
     # dropout, so that its mode can be told too
