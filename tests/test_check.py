@@ -17,6 +17,9 @@ def problems(*overrides, command="train"):
     return list(problems_of(composed(*overrides, command=command)))
 
 
+THEN = ("strategy=lp_ft", "strategy@strategy.then=layer_decay")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -77,7 +80,8 @@ def test_a_value_that_cannot_work_is_named_once_with_what_may_stand(override, sa
         "optimizer.lr=1e-5", "monitor=val/loss", "monitor=val/ece", "trainer.precision=bf16-mixed",
         "trainer.gradient_clip_val=1", "model.input_size=64", "schedule.warmup=0",
         "trainer.devices=1", "trainer.devices=auto", "+trainer.profiler=simple",
-        "schedule=constant", "augment=strong", "augment.scale=[0.5,1]",
+        "freeze_until=3", "schedule=constant", "schedule=one_cycle", "augment=strong",
+        "augment.scale=[0.5,1]",
     ],
 )  # fmt: skip
 def test_a_value_that_works_is_let_pass(override):
@@ -94,6 +98,40 @@ def test_a_task_says_what_it_measures_and_how_it_is_balanced():
     assert problems("data=csv", "data.table=x", "data.label_separator=''") == [
         "data.label_separator=: must be what stands between the labels, such as ';', or null"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("strategy=lp_ft", "strategy.probe_epochs=0"), "strategy.probe_epochs=0: must be a whole"),
+        (("strategy=lp_ft", "strategy.probe_epochs=1.5"), "strategy.probe_epochs=1.5: must be"),
+        (("strategy=lp_ft", "strategy.tune_lr=0"), "strategy.tune_lr=0: must be a factor"),
+        (("strategy=layer_decay", "strategy.decay=0"), "strategy.decay=0: must be a number above"),
+        (("strategy=layer_decay", "strategy.decay=1.1"), "strategy.decay=1.1: must be a number"),
+        (("strategy=gradual_unfreeze", "strategy.every=0"), "strategy.every=0: must be a whole"),
+        (("strategy=head_lr", "strategy.backbone=-1"), "strategy.backbone=-1: must be a factor"),
+        (("freeze_until=-1",), "freeze_until=-1: must be a whole number of layers, from 0"),
+        (("freeze_until=null",), "freeze_until=None: must be a whole number of layers, from 0"),
+        # what is chosen inside of a strategy is held against its own signature and ranges
+        ((*THEN, "strategy.then.decay=2"), "strategy.then.decay=2: must be a number above 0"),
+        ((*THEN, "strategy.then.decay=x"), "strategy.then.decay='x': must be a number"),
+        ((*THEN, "+strategy.then.dcay=1"), "has no such argument; close: strategy.then.decay"),
+        (
+            ("strategy=lp_ft", "strategy@strategy.then=gradual_unfreeze",
+             "strategy@strategy.then.then=layer_decay", "strategy.then.then.decay=2"),
+            "strategy.then.then.decay=2: must be a number above 0",
+        ),
+        (
+            ("strategy=lp_ft", "strategy.then=layer_decay"),
+            "must be Strategy; a choice of conf/strategy/ is typed "
+            "strategy@strategy.then=layer_decay",
+        ),
+        (("strategy=lp_ft", "strategy.then=null"), "strategy.then=None: must be Strategy"),
+    ],
+)  # fmt: skip
+def test_a_strategy_is_checked_with_what_is_inside_of_it(overrides, said):
+    (found,) = problems("trainer.accelerator=cpu", *overrides)
+    assert said in found
 
 
 def test_all_problems_are_told_at_once():
@@ -140,7 +178,9 @@ def test_every_range_belongs_to_a_key_that_some_config_has():
     configs = [composed(), composed("run=x", command="evaluate"),
                composed("run=x", "input=y", command="predict"), composed("data=fake"),
                composed("augment=strong", "optimizer=sgd", "schedule=cosine"),
-               composed("data=csv")]  # fmt: skip
+               composed("data=csv"), composed("schedule=one_cycle", *THEN),
+               composed("strategy=layer_decay"),
+               composed("strategy=gradual_unfreeze"), composed("strategy=head_lr")]  # fmt: skip
     missing = object()
     for key, *_ in RANGES:
         assert any(OmegaConf.select(c, key, default=missing) is not missing for c in configs), key

@@ -23,7 +23,7 @@ def refused(*arguments, command="train"):
     [
         ("model=resnet51", "model=resnet51: no such option in conf/model/; close: resnet50"),
         ("data=cifar", "close: cifar10, cifar100"),
-        ("strategy=qqqq", "strategy=qqqq: no such option in conf/strategy/; there are: full, lin"),
+        ("strategy=qqqq", "strategy=qqqq: no such option in conf/strategy/; there are: full, gra"),
         ("epoch=3", "epoch: no such key; close: epochs"),
         (
             "trainer.device=1",
@@ -33,6 +33,10 @@ def refused(*arguments, command="train"):
         ("optimzer=adamw", "optimzer: no such key; close: optimizer"),
         ("model.nme=swin_t", "model.nme: no such key with model=tiny"),
         ("experiment=nothing", "experiment=nothing: no such option in conf/experiment/; there are"),
+        (
+            "strategy@strategy.then=layer_decay",
+            "strategy@strategy.then: no such choice with strategy=full; options with it: gradual",
+        ),
         ("epochs", "epochs: not of the form key=value"),
         ("epochs=[1", "not of the form key=value"),
         ("resume=Übung", "quoted: \"resume='Übung'\""),
@@ -41,6 +45,38 @@ def refused(*arguments, command="train"):
 )
 def test_a_mistake_is_named_with_what_is_close(argument, said):
     assert said in refused(argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (
+            "strategy@strategy.then=layer_deca",
+            "strategy@strategy.then=layer_deca: no such option in conf/strategy/; close: layer",
+        ),
+        ("strategy@strategy.thn=full", "strategy@strategy.thn: no such choice with strategy=lp_ft; "
+         "close: strategy@strategy.then"),
+        ("strategy@strategy.then.then=full", "strategy@strategy.then.then: no such choice"),
+        ("strategy.then.decay=0.5", "strategy.then.decay: no such key with strategy=lp_ft"),
+    ],
+)  # fmt: skip
+def test_a_mistake_inside_of_a_strategy_is_named_with_what_is_close(argument, said):
+    assert said in refused("strategy=lp_ft", argument)
+
+
+def test_strategies_compose():
+    (job,) = compose_jobs("train", ["strategy=lp_ft"])
+    assert job.strategy.then == {"_target_": "finetune.strategies.full.Full"}
+    inside = ["strategy@strategy.then=layer_decay", "strategy.then.decay=0.5"]
+    for typed in (["strategy=lp_ft", *inside], [*inside, "strategy=lp_ft"]):
+        (job,) = compose_jobs("train", typed)
+        assert (job.strategy.probe_epochs, job.strategy.then.decay) == (None, 0.5)
+    (job,) = compose_jobs("train", ["strategy=gradual_unfreeze", "strategy@strategy.then=lp_ft",
+                                    "strategy@strategy.then.then=layer_decay"])  # fmt: skip
+    assert job.strategy.then.then.decay == 0.75
+    jobs = compose_jobs("train", ["-m", "strategy=lp_ft,gradual_unfreeze",
+                                  "strategy@strategy.then=full,layer_decay"])  # fmt: skip
+    assert ["decay" in job.strategy.then for job in jobs] == [False, True, False, True]
 
 
 def test_all_mistakes_are_told_at_once():
@@ -145,6 +181,12 @@ def test_a_resume_takes_what_was_recorded_and_what_is_typed_now(run):
     assert f"hydra.run.dir={folder}" in arguments
 
 
+def test_a_resume_takes_what_was_chosen_inside_of_a_strategy(run):
+    folder = run("strategy=lp_ft", "strategy@strategy.then=layer_decay", "strategy.then.decay=0.5")
+    (job,) = compose_jobs("train", with_recorded([f"resume={folder}"]))
+    assert job.strategy.then.decay == 0.5
+
+
 @pytest.mark.parametrize("key", ["+strategy._target_=os.abort", "++model={_target_:os.abort}"])
 def test_a_recorded_target_is_refused(run, key):
     with pytest.raises(CheckpointError, match="asks for code to be called, which is refused"):
@@ -181,7 +223,7 @@ def test_what_was_typed_is_checked_before_torch_is_imported(call):
     assert not modules & {"torch", "torchvision", "lightning", "matplotlib", "numpy", "PIL"}
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "layers"])
 def test_help_answers_without_torch(command):
     script = (
         f"import sys\nsys.argv = ['x', '--help']\nfrom finetune.{command} import main\n"

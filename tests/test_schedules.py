@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from finetune.schedules import constant, cosine, linear
+from finetune.schedules import constant, cosine, linear, one_cycle
 
 SCHEDULES = [constant, cosine, linear]
 
@@ -35,7 +36,7 @@ def test_linear_is_straight_from_one_to_final():
         assert linear(step, 100, warmup=0.0, final=0.2) == pytest.approx(1 - 0.8 * step / 100)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, one_cycle])
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 1000])
 def test_the_factor_stays_between_zero_and_one_for_any_length(schedule, total):
     factors = [schedule(step, total, warmup=0.3) for step in range(total + 2)]
@@ -43,6 +44,32 @@ def test_the_factor_stays_between_zero_and_one_for_any_length(schedule, total):
     assert factors[0] > 0.0
 
 
-@pytest.mark.parametrize("schedule", [cosine, linear])
+@pytest.mark.parametrize("schedule", [cosine, linear, one_cycle])
 def test_past_its_end_a_schedule_stays_at_final(schedule):
     assert schedule(150, 100, final=0.1) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("total", [7, 20, 100, 1001])
+@pytest.mark.parametrize("warmup", [0.25, 0.3, 0.5, 0.9])
+def test_one_cycle_is_that_of_torch(total, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=total, pct_start=warmup, cycle_momentum=False
+    )
+    expected = [optimizer.param_groups[0]["lr"]]
+    for _ in range(total - 1):
+        optimizer.step()
+        cycle.step()
+        expected.append(optimizer.param_groups[0]["lr"])
+    actual = [one_cycle(step, total, warmup) for step in range(total)]
+    assert actual == pytest.approx(expected, rel=1e-9)
+    assert expected[0] < 0.2  # it does go up
+    assert max(expected) > 0.9
+
+
+@pytest.mark.parametrize("total", [2, 3, 10, 100])
+def test_one_cycle_without_warm_up_falls_from_the_base_lr(total):
+    factors = [one_cycle(step, total, warmup=0.0, final=0.1) for step in range(total)]
+    assert factors[0] == 1.0
+    assert factors[-1] == pytest.approx(0.1)
+    assert factors == sorted(factors, reverse=True)

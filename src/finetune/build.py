@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from finetune.backbones.base import Backbone
 from finetune.callbacks import WholeCheckpointIO
 from finetune.check import COMMON_DATA_KEYS
 from finetune.data import transforms
@@ -26,6 +27,9 @@ from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
 from finetune.loggers import MetricsFile
 from finetune.model import Classifier
+from finetune.strategies import Strategy, for_run
+from finetune.strategies.effect import without_effect
+from finetune.strategies.freeze_until import FreezeUntil
 from finetune.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,11 @@ class Budget:
         """Optimizer steps of the whole run, at most."""
         steps = self.epochs * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs that max_steps lets begin; at least 1."""
+        return max(1, min(self.epochs, math.ceil(self.total_steps / self.steps_per_epoch)))
 
     @property
     def validate_every(self) -> int:
@@ -96,8 +105,17 @@ def check_labels(splits: Splits, cfg: DictConfig) -> None:
 def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
     """The backbone with its weights, and a new head."""
     torch.manual_seed(cfg.seed)  # of the head, and of a backbone from scratch
-    backbone = make(cfg.model)
-    return Classifier(backbone, classes)
+    return Classifier(build_backbone(cfg), classes)
+
+
+def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:
+    """The backbone of model=. weights: whether to read or download those that are asked for."""
+    node = OmegaConf.to_container(cfg.model, resolve=True)
+    assert isinstance(node, dict)
+    if not weights and "weights" in node:  # an earlier run brings its own
+        node["weights"] = None
+    backbone: Backbone = make(node)
+    return backbone
 
 
 def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> DataModule:
@@ -122,6 +140,23 @@ def build_budget(cfg: DictConfig, num_images: int) -> Budget:
     return Budget(epochs, steps, cfg.max_steps)
 
 
+def build_strategy(cfg: DictConfig, depth: int, epochs: int) -> Strategy:
+    """What trains when. depth: layers of the backbone. epochs: of the run, from 1."""
+    strategy = for_run(make(cfg.strategy), depth, epochs)
+    if cfg.freeze_until > depth:
+        raise ConfigError(
+            f"freeze_until={cfg.freeze_until}: the backbone has {depth} layers; type at most "
+            f"{depth}. To list them: python -m finetune.layers model=..."
+        )
+    return FreezeUntil(strategy, cfg.freeze_until) if cfg.freeze_until else strategy
+
+
+def warn_of_no_effect(strategy: Strategy, depth: int, epochs: int) -> None:
+    """Tell what the strategy cannot do in a run of this length."""
+    for line in without_effect(strategy, depth, epochs):
+        log.warning("%s", line)
+
+
 def build_task(
     cfg: DictConfig, model: Classifier, budget: Budget, train: LabelledImages | None = None
 ) -> Task:
@@ -132,11 +167,11 @@ def build_task(
         balance = {"balance": cfg.data.get("balance"), "class_counts": counts}
     task: Task = make(cfg.task)(
         model=model,
-        strategy=make(cfg.strategy),
+        strategy=build_strategy(cfg, model.depth, budget.epochs_begun),
         optimizer=make(cfg.optimizer),
         schedule=make(cfg.schedule),
         weight_decay=cfg.optimizer.weight_decay,
-        epochs=budget.epochs,
+        epochs=budget.epochs_begun,
         total_steps=budget.total_steps,
         seed=cfg.seed,
         **balance,

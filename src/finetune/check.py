@@ -5,7 +5,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -39,7 +39,7 @@ def problems_of(cfg: DictConfig) -> Iterator[str]:
     seen: set[str] = set()  # keys of the wrong type: their range need not be told too
     for group in sorted(str(key) for key in cfg):
         node = cfg[group] if not OmegaConf.is_missing(cfg, group) else None
-        if isinstance(node, DictConfig) and node.get("_target_"):
+        if _is_call(node):
             for problem in _call_problems(group, node, missing):
                 seen.add(problem.split("=")[0])
                 yield problem
@@ -69,6 +69,8 @@ def _call_problems(group: str, node: DictConfig, missing: set[str]) -> Iterator[
                 close = difflib.get_close_matches(key, list(parameters), n=3)
                 hint = ", ".join(f"{group}.{name}" for name in close or parameters)
                 yield f"{full}: {node._target_} has no such argument; close: {hint}"
+        elif full not in missing and _is_call(node[key]):
+            yield from _call_problems(full, node[key], missing)
         elif full not in missing and key in hints:
             value = node[key]
             if value is None and full in OPEN:
@@ -76,7 +78,14 @@ def _call_problems(group: str, node: DictConfig, missing: set[str]) -> Iterator[
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True)
             if not fits(value, hints[key]):
-                yield f"{full}={value!r}: must be {spelled(hints[key])}"
+                top = group.partition(".")[0]
+                a_choice = isinstance(value, str) and _is_runtime_class(hints[key])
+                typed = f"; a choice of conf/{top}/ is typed {top}@{full}={value}" * a_choice
+                yield f"{full}={value!r}: must be {spelled(hints[key])}{typed}"
+
+
+def _is_call(node: Any) -> TypeGuard[DictConfig]:
+    return isinstance(node, DictConfig) and bool(node.get("_target_"))
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -157,6 +166,12 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("num_workers", True, _whole(0), "a whole number from 0, or null"),
     ("seed", False, _whole(0), "a whole number from 0"),
     ("patience", True, _whole(1), "a whole number from 1, or null"),
+    ("freeze_until", False, _whole(0), "a whole number of layers, from 0"),
+    ("strategy.probe_epochs", True, _whole(1), "a whole number from 1, or null"),
+    ("strategy.tune_lr", False, _number(lambda v: v > 0), "a factor on the base lr, above 0"),
+    ("strategy.decay", False, _number(lambda v: 0 < v <= 1), "a number above 0, at most 1"),
+    ("strategy.every", True, _whole(1), "a whole number of epochs from 1, or null"),
+    ("strategy.backbone", False, _number(lambda v: v >= 0), "a factor on the base lr, from 0"),
     ("deterministic", False, lambda v: isinstance(v, bool), "true or false"),
     ("checkpoint.every_n_steps", False, _whole(1), "a whole number from 1"),
     ("data.shots", True, _whole(1), "a whole number from 1, or null"),
@@ -175,6 +190,7 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("optimizer.weight_decay", True, _number(lambda v: v >= 0), "a number from 0"),
     ("schedule.warmup", True, _number(lambda v: 0 <= v < 1),
      "a share of the steps, from 0, below 1"),
+    ("schedule.start", False, SHARE, "a share of the base lr: from 0 to 1"),
     ("schedule.final", False, SHARE, "a share of the base lr: from 0 to 1"),
     ("augment.scale", True, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
      "two shares of the area, 0 < least <= most <= 1"),
@@ -189,20 +205,35 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
 
 
 def _range_problems(cfg: DictConfig) -> Iterator[str]:
-    for key, may_be_null, test, allowed in RANGES:
-        missing = object()
-        try:
-            value = OmegaConf.select(cfg, key, default=missing)
-        except Exception:  # a value of a parent that is no node, reported elsewhere
-            continue
-        if value is missing or (value is None and may_be_null):
-            continue
-        try:
-            good = test(value)
-        except TypeError:
-            good = False
-        if not good:
-            yield f"{key}={value}: must be {allowed}"
+    missing = object()
+    for rule, may_be_null, test, allowed in RANGES:
+        for key in _places(cfg, rule):
+            try:
+                value = OmegaConf.select(cfg, key, default=missing)
+            except Exception:  # a value of a parent that is no node, reported elsewhere
+                continue
+            if value is missing or (value is None and may_be_null):
+                continue
+            try:
+                good = test(value)
+            except TypeError:
+                good = False
+            if not good:
+                yield f"{key}={value}: must be {allowed}"
+
+
+def _places(cfg: DictConfig, key: str) -> Iterator[str]:
+    """The key itself, and where it stands in the calls inside of its own: strategy.then.decay."""
+    yield key
+    group, _, name = key.rpartition(".")
+    try:
+        node = OmegaConf.select(cfg, group) if group else None
+    except Exception:  # likewise
+        return
+    if _is_call(node):
+        for inner in map(str, node):
+            if not OmegaConf.is_missing(node, inner) and _is_call(node[inner]):
+                yield from _places(cfg, f"{group}.{inner}.{name}")
 
 
 def _task_problems(cfg: DictConfig) -> Iterator[str]:

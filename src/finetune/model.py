@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from finetune import heads
 from finetune.backbones.base import Backbone
-from finetune.layers import layer_modules, layer_of_parameter
+from finetune.layering import layer_modules, layer_of_parameter
 from finetune.specs import InputSpec
 
 

@@ -196,9 +196,44 @@ def _unknown_options(override: Override, command: str, search_path: list[str]) -
     for value in _values(override):
         if value not in options and value != "None":
             yield (
-                f"{group}={value}: no such option in conf/{group}/; "
+                f"{_group_key(override)}={value}: no such option in conf/{group}/; "
                 f"{_close(value, options) or 'there are: ' + ', '.join(options)}"
             )
+
+
+def _group_key(override: Override) -> str:
+    """Such as strategy, or strategy@strategy.then for the one inside of it."""
+    group, place = override.key_or_group.lstrip("/"), override.package
+    return group if place is None else f"{group}@{place}"
+
+
+def _misplaced(command: str, job: list[str], search_path: list[str]) -> list[str]:
+    """Choices for a place that is not there, such as strategy@strategy.then with strategy=full."""
+
+    def choices(overrides: list[str]) -> dict[str, str]:
+        try:
+            cfg = compose(command, [*search_path, *overrides], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException):
+            return {}
+        return dict(cfg.hydra.runtime.choices)
+
+    kept = [o for o in job if "@" not in _key(o)]
+    placed = [o for o in job if o not in kept]
+    while fitting := [o for o in placed if _key(o) in choices(kept)]:  # one may be inside another
+        kept += fitting
+        placed = [o for o in placed if o not in fitting]
+    known, problems = choices(kept), []
+    for key in map(_key, placed):
+        group = key.partition("@")[0]
+        others = [o for o in kept if _key(o) != group]
+        having = [
+            option
+            for option in _options(group, command, search_path)
+            if key in choices([*others, f"{group}={option}"])
+        ]
+        hint = _close(key, list(known)) or f"options with it: {', '.join(having) or 'none'}"
+        problems.append(f"{key}: no such choice with {group}={known.get(group)}; {hint}")
+    return problems
 
 
 def _unknown_keys(
@@ -217,7 +252,9 @@ def _unknown_keys(
         try:
             cfg = compose(command, overrides=[*search_path, *job], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            return [] if tolerant else [_first_lines(error)]
+            if tolerant:
+                return []
+            return _misplaced(command, job, search_path) or [_first_lines(error)]
         known = sorted(_keys(cfg))
         for override in typed:
             key = override.key_or_group

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.layers import layer_of_parameter
+from finetune.layering import layer_of_parameter
 from finetune.model import Classifier
 
 NO_DECAY = ("class_token", "cls_token", "pos_embedding", "pos_embed")

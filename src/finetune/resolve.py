@@ -57,15 +57,19 @@ def fill(cfg: DictConfig, choices: Sequence[Choice]) -> list[Choice]:
     """Set what is open in cfg, in place; the choices that were taken."""
     OmegaConf.set_struct(cfg, False)
     taken = []
+    ours: set[str] = set()  # keys of options chosen here, whose values nobody else has set
     for choice in choices:
         if choice.key in GROUPS:
             if cfg[choice.key].get("_target_") is not None:
                 continue
+            asked = {name for name, value in cfg[choice.key].items() if value is not None}
             cfg[choice.key] = _with_asked(choice, cfg[choice.key])
+            ours |= {f"{choice.key}.{name}" for name in cfg[choice.key] if name not in asked}
         elif choice.key in BUDGET and any(cfg[key] is not None for key in BUDGET):
             continue
-        elif OmegaConf.select(cfg, choice.key, default="no such key") is None:
+        elif choice.key in ours or OmegaConf.select(cfg, choice.key, default="no such key") is None:
             OmegaConf.update(cfg, choice.key, choice.value)
+            ours.discard(choice.key)
         else:
             continue
         taken.append(choice)

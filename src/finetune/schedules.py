@@ -39,3 +39,23 @@ def cosine(step: int, total: int, warmup: float = 0.1, final: float = 0.0) -> fl
     steps = round(warmup * total)
     factor = 0.5 * (1.0 + math.cos(math.pi * progress(step, total, steps)))
     return warm_up(step, steps) * (final + (1.0 - final) * factor)
+
+
+def one_cycle(
+    step: int, total: int, warmup: float = 0.3, start: float = 0.04, final: float = 4e-6
+) -> float:
+    """Factor on the lr: half a cosine from start up to 1.0, then another down to final.
+
+    step: from 0; final is reached at step total - 1. total: steps of the whole run. warmup: share
+    of total, in [0, 1). Source: Smith 2018, super-convergence, as torch's OneCycleLR has it; the
+    momentum stays.
+    """
+    top = warmup * total - 1.0
+    if 0.0 < top >= step:
+        return _half_cosine(start, 1.0, step / top)
+    top = max(0.0, top)
+    return _half_cosine(1.0, final, min(1.0, (step - top) / max(1e-9, total - 1.0 - top)))
+
+
+def _half_cosine(first: float, last: float, share: float) -> float:
+    return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * share))

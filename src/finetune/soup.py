@@ -4,7 +4,7 @@ import logging
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -13,11 +13,7 @@ from finetune import cli
 from finetune.overrides import CONF
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
-
-    from finetune.checkpoint import Checkpoint
 
     State = dict[str, Tensor]
 
@@ -76,7 +72,9 @@ def soup(cfg: DictConfig) -> None:
     if start is not None:
         state, alpha, value = along(cfg.alpha, start, state, value_of, sign)
 
-    record = Record.create(output, {k: facts[0][k] for k in facts[0] if k not in ("status", "error")})
+    record = Record.create(
+        output, {k: facts[0][k] for k in facts[0] if k not in ("status", "error")}
+    )
     shutil.copytree(runs[0] / ".hydra", output / ".hydra")
     parts.task.model.load_state_dict(state)
     trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)

@@ -1,6 +1,9 @@
 """Every parameter trains at the base lr: the textbook's fine-tuning."""
 
+from dataclasses import dataclass
 
+
+@dataclass(frozen=True)
 class Full:
     """The head is new, all the rest starts from the pretrained weights."""
 

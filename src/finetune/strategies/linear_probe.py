@@ -1,6 +1,9 @@
 """Only the head trains; the backbone is a fixed feature extractor."""
 
+from dataclasses import dataclass
 
+
+@dataclass(frozen=True)
 class LinearProbe:
     """Source: Alain & Bengio 2016, linear classifier probes."""
 

@@ -6,7 +6,7 @@ from torchvision import models
 
 from finetune.backbones.base import split_head
 from finetune.backbones.tiny import tiny
-from finetune.layers import layer_modules, layer_of_parameter
+from finetune.layering import layer_modules, layer_of_parameter
 
 # how many layers a person counts, and what stands at the start of some of them
 TABLE = {
