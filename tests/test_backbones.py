@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.inception import InceptionAux
+from torchvision.ops import StochasticDepth
 
 from finetune.backbones import FAMILIES
 from finetune.backbones.base import Backbone, split_head
@@ -344,6 +345,67 @@ def test_module_needs_three_positive_values(nets):
         module("own_nets.Good", std=[0, 1, 1])
 
 
+@pytest.mark.parametrize("name", ["vit_b_32", "mobilenet_v3_small", "vgg11", "swin_t"])
+def test_dropout_is_that_of_torchvision(name, no_init):
+    ours = torchvision(name, None, dropout=0.3).net
+    theirs = models.get_model(name, weights=None, dropout=0.3)
+    found = [[m.p for m in net.modules() if isinstance(m, nn.Dropout)] for net in (ours, theirs)]
+    assert found[0] == found[1]
+    assert 0.3 in found[0]
+
+
+def test_dropout_of_densenet_is_that_of_torchvision(no_init):
+    ours = torchvision("densenet121", None, dropout=0.3).net
+    theirs = models.densenet121(weights=None, drop_rate=0.3)
+    assert [m.drop_rate for m in ours.modules() if hasattr(m, "drop_rate")] == [
+        m.drop_rate for m in theirs.modules() if hasattr(m, "drop_rate")
+    ]
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "efficientnet_b0", "swin_t", "maxvit_t"])
+def test_drop_path_grows_linearly_to_what_was_asked_for(name, no_init):
+    def rates(**options):
+        net = torchvision(name, None, **options).net
+        return [m.p for m in net.modules() if isinstance(m, StochasticDepth)]
+
+    own, ours = rates(), rates(drop_path=0.4)
+    assert ours[0] == 0.0
+    assert max(ours) == ours[-1] == pytest.approx(0.4)
+    assert ours == pytest.approx([rate * 0.4 / max(own) for rate in own])
+    assert set(rates(drop_path=0.0)) == {0.0}
+    if name == "convnext_tiny":
+        theirs = models.convnext_tiny(weights=None, stochastic_depth_prob=0.4)
+        expected = [m.p for m in theirs.modules() if isinstance(m, StochasticDepth)]
+        assert ours == pytest.approx(expected)
+        assert ours == pytest.approx([0.4 * block / 17 for block in range(18)])
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "key"),
+    [
+        (torchvision, "resnet18", "dropout"), (torchvision, "resnet18", "drop_path"),
+        (torchvision, "vit_b_32", "drop_path"), (timm, "vgg11", "drop_path"),
+        (timm, "hrnet_w18_small", "drop_path"),
+    ],
+)  # fmt: skip
+def test_a_family_without_it_says_that_it_has_no_effect(make, name, key, no_init, caplog):
+    if make is timm:
+        pytest.importorskip("timm")
+    make(name, None)
+    assert not caplog.records
+    make(name, None, **{key: 0.2})
+    (record,) = caplog.records
+    assert f"model.{key}=0.2 has no effect" in record.getMessage()
+
+
+def test_dropout_and_drop_path_are_no_part_of_what_rebuilds_a_model(no_init):
+    pytest.importorskip("timm")
+    for make, name in ((torchvision, "swin_t"), (timm, "test_vit")):
+        plain, dropped = make(name, None), make(name, None, dropout=0.3, drop_path=0.2)
+        assert plain.recipe == dropped.recipe
+        assert plain.state_dict().keys() == dropped.state_dict().keys()
+
+
 # timm
 
 
@@ -383,6 +445,14 @@ def test_timm_input_spec_is_that_of_the_weights():
     assert timm("test_vit", None).input_spec == expected
     assert timm("test_vit", None, 96).input_spec.resize == 96
     assert timm("test_vit", None, 96)(torch.zeros(2, 3, 96, 96)).shape == (2, 64)
+
+
+def test_timm_takes_dropout_of_the_features_and_drop_path_growing_linearly():
+    pytest.importorskip("timm")
+    net = timm("vit_tiny_patch16_224", None, dropout=0.3, drop_path=0.22).net
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in net.blocks]
+    assert rates == pytest.approx([0.02 * block for block in range(12)])
+    assert net.head_drop.p == 0.3
 
 
 def test_timm_loads_its_default_weights(tmp_path, monkeypatch):

@@ -57,6 +57,15 @@ THEN = ("strategy=lp_ft", "strategy@strategy.then=layer_decay")
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1"),
         ("schedule.warmup=1", "schedule.warmup=1: must be a share of the steps"),
         ("schedule.warmup=long", "schedule.warmup='long': must be a number"),
+        ("mixup=-0.1", "mixup=-0.1: must be a number from 0, or null"),
+        ("cutmix=much", "cutmix=much: must be a number from 0, or null"),
+        ("ema=1", "ema=1: must be a number from 0, below 1, or null"),
+        ("ema=-0.5", "ema=-0.5: must be a number from 0"),
+        ("l2_sp=-1", "l2_sp=-1: must be a number from 0, or null"),
+        ("task.label_smoothing=1", "task.label_smoothing=1: must be a share of the target"),
+        ("task.label_smoothing=some", "task.label_smoothing='some': must be a number or null"),
+        ("model.dropout=1", "model.dropout=1: must be a probability, from 0, below 1, or null"),
+        ("model.drop_path=-0.1", "model.drop_path=-0.1: must be a probability"),
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0"),
         ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0"),
         ("trainer.precision=17", "trainer.precision=17: must be one of"),
@@ -67,7 +76,8 @@ THEN = ("strategy=lp_ft", "strategy@strategy.then=layer_decay")
     ],
 )
 def test_a_value_that_cannot_work_is_named_once_with_what_may_stand(override, said):
-    found = problems("optimizer=sgd", "schedule=cosine", "trainer.accelerator=cpu", override)
+    base = ("model=resnet18", "optimizer=sgd", "schedule=cosine", "trainer.accelerator=cpu")
+    found = problems(*base, override)
     assert len(found) == 1
     assert said in found[0]
 
@@ -82,10 +92,13 @@ def test_a_value_that_cannot_work_is_named_once_with_what_may_stand(override, sa
         "trainer.devices=1", "trainer.devices=auto", "+trainer.profiler=simple",
         "freeze_until=3", "schedule=constant", "schedule=one_cycle", "augment=strong",
         "augment.scale=[0.5,1]",
+        "mixup=0", "mixup=0.2", "cutmix=1", "ema=0", "ema=0.999", "l2_sp=0", "l2_sp=0.01",
+        "task.label_smoothing=0.1", "model.dropout=0", "model.drop_path=0.3",
     ],
 )  # fmt: skip
 def test_a_value_that_works_is_let_pass(override):
-    base = ("optimizer=sgd", "schedule=cosine", "augment=light", "trainer.accelerator=cpu")
+    base = ("model=resnet18", "optimizer=sgd", "schedule=cosine", "augment=light",
+            "trainer.accelerator=cpu")  # fmt: skip
     assert problems(*base, override) == []
 
 
@@ -134,6 +147,33 @@ def test_a_strategy_is_checked_with_what_is_inside_of_it(overrides, said):
     assert said in found
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("augment.num_ops=0", "augment.num_ops=0: must be a whole number from 1"),
+        ("augment.magnitude=31", "augment.magnitude=31: must be a whole number from 0 to 30"),
+        ("augment.magnitude=9.5", "augment.magnitude=9.5: must be a whole number"),
+        ("augment.erase=2", "augment.erase=2: must be a probability, from 0 to 1"),
+    ],
+)
+def test_a_value_of_randaugment_that_cannot_work_is_named_once(override, said):
+    (found,) = problems("augment=randaugment", override)
+    assert said in found
+
+
+@pytest.mark.parametrize("key", ["ema", "l2_sp"])
+def test_what_needs_whole_weights_is_refused_where_they_are_split(key, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus = ("trainer.accelerator=gpu", "trainer.devices=2")
+    (found,) = problems(*gpus, "trainer.strategy=fsdp", f"{key}=0.5")
+    assert found == (
+        f"{key}=0.5: needs the whole weights on every rank, which trainer.strategy=fsdp splits; "
+        f"type trainer.strategy=ddp or {key}=null"
+    )
+    assert problems(*gpus, "trainer.strategy=fsdp", f"{key}=0") == []
+    assert problems(*gpus, "trainer.strategy=ddp", f"{key}=0.5") == []
+
+
 def test_all_problems_are_told_at_once():
     first = composed("epochs=-1", "batch_size=0", "data=image_folder")
     second = composed("epochs=-1", "optimizer.lr=-1")
@@ -180,7 +220,9 @@ def test_every_range_belongs_to_a_key_that_some_config_has():
                composed("augment=strong", "optimizer=sgd", "schedule=cosine"),
                composed("data=csv"), composed("schedule=one_cycle", *THEN),
                composed("strategy=layer_decay"),
-               composed("strategy=gradual_unfreeze"), composed("strategy=head_lr")]  # fmt: skip
+               composed("strategy=gradual_unfreeze"), composed("strategy=head_lr"),
+               composed("augment=randaugment", "optimizer=sgd", "schedule=cosine",
+                        "model=resnet18")]  # fmt: skip
     missing = object()
     for key, *_ in RANGES:
         assert any(OmegaConf.select(c, key, default=missing) is not missing for c in configs), key

@@ -84,6 +84,59 @@ def test_ranks_end_with_equal_parameters_and_measure_what_one_process_measures(
             assert alone[name] == pytest.approx(value, abs=1e-6), name  # sums in another order
 
 
+# what a rank holds after the last validation, and how it mixed
+AVERAGING = """
+import os, torch
+import lightning as L
+from finetune import build
+from finetune.ema import EMA
+from finetune.tasks import base
+
+class Save(L.Callback):
+    def on_validation_end(self, trainer, task):
+        (ema,) = (c for c in trainer.callbacks if isinstance(c, EMA))
+        path = os.path.join(os.environ["SAVE_TO"], f"rank{trainer.global_rank}.pt")
+        torch.save([task.model.state_dict(), ema.average, targets], path)
+
+def mix(*arguments):
+    mixed = original_mix(*arguments)
+    targets.append(mixed[1])
+    return mixed
+
+targets = []
+original_mix, base.mix = base.mix, mix
+original = build.build_trainer
+build.build_trainer = lambda cfg, run, budget, callbacks, loggers: original(
+    cfg, run, budget, [*callbacks, Save()], loggers
+)
+if __name__ == "__main__":
+    from finetune.train import main
+    main()
+"""
+
+
+def test_ranks_mix_differently_and_end_with_equal_weights_and_averages(tmp_path, monkeypatch):
+    (tmp_path / "averaging.py").write_text(AVERAGING)
+    monkeypatch.setenv("SAVE_TO", str(tmp_path))
+    # every second of 27 epochs is validated, and then the last one by itself, without DDP
+    done = train(
+        "data=fake", "data.num_classes=3", "data.num_images=30", "data.image_size=8", "model=tiny",
+        "epochs=27", "max_steps=null", "mixup=0.4", "cutmix=1", "ema=0.9", "l2_sp=0.1",
+        "trainer.gradient_clip_val=0.5", "task.label_smoothing=0.1",
+        f"hydra.run.dir={tmp_path / 'run'}", entry=str(tmp_path / "averaging.py"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (first, average, targets), (second, other_average, other_targets) = (
+        torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)
+    )
+    assert all(torch.equal(first[n], second[n]) for n in first if "running" not in n)
+    assert all(torch.equal(average[n], other_average[n]) for n in average)
+    assert len(targets) == len(other_targets) == 27
+    weights = [[float(t.max(1).values.min()) for t in of] for of in (targets, other_targets)]
+    differ = [mine != other for mine, other in zip(*weights, strict=True)]
+    assert sum(differ) > 20  # some boxes are of one area
+
+
 # a disk slower than the other rank
 SLOW_DISK = """
 import time

@@ -76,6 +76,7 @@ def assert_same_end(run, uninterrupted):
     last, expected = checkpoint.load(ours), checkpoint.load(theirs)
     for key in ("state_dict", "optimizer_states", "global_step", "epoch"):
         assert same(last[key], expected[key]), key
+    assert same(last["callbacks"].get("EMA"), expected["callbacks"].get("EMA"))
     rows, theirs = (
         sorted(row for row in metrics_of(folder) if not row[1].startswith("time/"))
         for folder in (run, uninterrupted)
@@ -111,9 +112,13 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_pat
         ("checkpoint.every_n_steps=1", "patience=1", "strategy=linear_probe"),
         ("checkpoint.every_n_steps=100", "max_steps=13", "optimizer=adamw"),
         ("checkpoint.every_n_steps=2", "max_steps=9"),
+        ("checkpoint.every_n_steps=3", "mixup=0.4", "l2_sp=0.1", "ema=0.9", "augment=randaugment"),
+        ("checkpoint.every_n_steps=1", "trainer.accumulate_grad_batches=2", "mixup=0.4",
+         "cutmix=1.0", "task.label_smoothing=0.1", "l2_sp=0.1", "ema=0.9",
+         "trainer.gradient_clip_val=0.5", "trainer.precision=bf16-mixed"),
     ],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_a_run_that_crashed_ends_with_the_same_bytes(command, tmp_path, at_step, changes):
     assert command("train", *RUN, *changes, "hydra.run.dir=whole").code == 0
     at_step(7, lose)

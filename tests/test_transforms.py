@@ -10,7 +10,7 @@ from finetune.data import transforms
 from finetune.specs import InputSpec
 
 SPEC = InputSpec(size=16, resize=20)
-AUGMENTS = [transforms.none, transforms.light, transforms.strong]
+AUGMENTS = [transforms.none, transforms.light, transforms.strong, transforms.randaugment]
 
 
 def image(height, width, seed=0):
@@ -50,7 +50,7 @@ def test_no_augmentation_is_evaluation():
     assert torch.equal(transforms.none(SPEC)(photo), transforms.evaluation(SPEC)(photo))
 
 
-@pytest.mark.parametrize("make", [transforms.light, transforms.strong])
+@pytest.mark.parametrize("make", AUGMENTS[1:])
 def test_augmentation_is_a_function_of_the_seed_alone(make):
     augment, photo = make(SPEC), image(40, 60)
     first = [transforms.seeded(augment, photo, seed) for seed in range(8)]
@@ -91,8 +91,28 @@ def test_flip_is_half_of_the_images_and_can_be_turned_off():
     assert share(flip=True) == pytest.approx(0.5, abs=0.15)  # 4 standard deviations
 
 
-def test_erase_blanks_a_rectangle():
+@pytest.mark.parametrize("make", [transforms.strong, transforms.randaugment])
+def test_erase_blanks_a_rectangle(make):
     white = torch.full((3, 16, 16), 255, dtype=torch.uint8)
-    always = transforms.strong(InputSpec(16, 16), flip=False, erase=1.0)
+    always = make(InputSpec(16, 16), flip=False, erase=1.0)
     blanked = [bool((transforms.seeded(always, white, s) == 0).any()) for s in range(20)]
     assert all(blanked)
+
+
+def test_randaugment_changes_more_with_more_operations_and_magnitude():
+    photo = F.resize(image(4, 4), [32, 32], antialias=True)
+
+    def change(num_ops, magnitude):
+        options = {"scale": (1.0, 1.0), "flip": False, "erase": 0.0}
+        augment = transforms.randaugment(
+            InputSpec(32, 32), **options, num_ops=num_ops, magnitude=magnitude
+        )
+        plain = transforms.light(InputSpec(32, 32), scale=(1.0, 1.0), flip=False)
+        pairs = [
+            (transforms.seeded(augment, photo, seed), transforms.seeded(plain, photo, seed))
+            for seed in range(100)
+        ]
+        return sum(float((a.float() - b.float()).abs().mean()) for a, b in pairs) / 100
+
+    assert change(1, 1) < change(1, 9) < change(1, 30)
+    assert change(1, 9) < change(3, 9)

@@ -175,6 +175,9 @@ def build_task(
         total_steps=budget.total_steps,
         seed=cfg.seed,
         **balance,
+        mixup=cfg.mixup,
+        cutmix=cfg.cutmix,
+        l2_sp=cfg.l2_sp,
     )
     return task
 

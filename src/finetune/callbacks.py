@@ -318,7 +318,7 @@ class Pictures(Callback):
     """What a person wants to see in TensorBoard first: training images as the model gets them."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show 32 of them."""
+        """Show 32 training images as augment made them, before mixup and cutmix."""
         writer = tensorboard(trainer)
         if writer is None or trainer.global_step > 0:
             return

@@ -48,6 +48,7 @@ def problems_of(cfg: DictConfig) -> Iterator[str]:
         yield from _task_problems(cfg)
     if "trainer" in cfg:
         yield from _device_problems(cfg)
+        yield from _shard_problems(cfg)
 
 
 def _call_problems(group: str, node: DictConfig, missing: set[str]) -> Iterator[str]:
@@ -156,6 +157,8 @@ def _number(test: Callable[[float], bool]) -> Callable[[Any], bool]:
 
 
 SHARE = _number(lambda v: 0 <= v <= 1)
+BELOW_1 = _number(lambda v: 0 <= v < 1)
+FROM_0 = _number(lambda v: v >= 0)
 
 
 # key, whether null may stand, test, what is allowed
@@ -174,6 +177,11 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("strategy.backbone", False, _number(lambda v: v >= 0), "a factor on the base lr, from 0"),
     ("deterministic", False, lambda v: isinstance(v, bool), "true or false"),
     ("checkpoint.every_n_steps", False, _whole(1), "a whole number from 1"),
+    ("mixup", True, FROM_0, "a number from 0, or null"),
+    ("cutmix", True, FROM_0, "a number from 0, or null"),
+    ("ema", True, BELOW_1, "a number from 0, below 1, or null"),
+    ("l2_sp", True, FROM_0, "a number from 0, or null"),
+    ("task.label_smoothing", True, BELOW_1, "a share of the target, from 0, below 1, or null"),
     ("data.shots", True, _whole(1), "a whole number from 1, or null"),
     ("data.fraction", True, _number(lambda v: 0 < v <= 1), "a number above 0, at most 1, or null"),
     ("data.classes", True, lambda v: OmegaConf.is_list(v) and len(v) == len({*v}) > 1
@@ -185,15 +193,18 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("data.num_classes", True, _whole(2), "a whole number from 2"),
     ("data.image_size", True, _whole(1), "pixels, from 1"),
     ("model.input_size", True, _whole(1), "pixels, from 1, or null"),
+    ("model.dropout", True, BELOW_1, "a probability, from 0, below 1, or null"),
+    ("model.drop_path", True, BELOW_1, "a probability, from 0, below 1, or null"),
     ("optimizer.lr", True, _number(lambda v: v > 0), "a number above 0, or null"),
-    ("optimizer.momentum", False, _number(lambda v: 0 <= v < 1), "a number from 0, below 1"),
-    ("optimizer.weight_decay", True, _number(lambda v: v >= 0), "a number from 0"),
-    ("schedule.warmup", True, _number(lambda v: 0 <= v < 1),
-     "a share of the steps, from 0, below 1"),
+    ("optimizer.momentum", False, BELOW_1, "a number from 0, below 1"),
+    ("optimizer.weight_decay", True, FROM_0, "a number from 0, or null"),
+    ("schedule.warmup", True, BELOW_1, "a share of the steps, from 0, below 1, or null"),
     ("schedule.start", False, SHARE, "a share of the base lr: from 0 to 1"),
     ("schedule.final", False, SHARE, "a share of the base lr: from 0 to 1"),
     ("augment.scale", True, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
      "two shares of the area, 0 < least <= most <= 1"),
+    ("augment.num_ops", False, _whole(1), "a whole number from 1"),
+    ("augment.magnitude", False, lambda v: _whole(0)(v) and v <= 30, "a whole number from 0 to 30"),
     ("augment.erase", False, SHARE, "a probability, from 0 to 1"),
     ("trainer.accumulate_grad_batches", True, _whole(1), "a whole number from 1"),
     ("trainer.gradient_clip_val", True, _number(lambda v: v > 0), "a number above 0, or null"),
@@ -271,3 +282,16 @@ def _device_problems(cfg: DictConfig) -> Iterator[str]:
         yield f"trainer.devices={devices}: there are {available} {kind} here; type 1 to {available}"
     if cfg.trainer.get("strategy") == "fsdp" and not on_gpu:
         yield "trainer.strategy=fsdp: needs GPUs; on the CPU there is trainer=ddp_cpu"
+
+
+def _shard_problems(cfg: DictConfig) -> Iterator[str]:
+    """What needs the whole weights on every rank, where each holds a part of them."""
+    strategy = cfg.trainer.get("strategy")
+    if "fsdp" not in str(strategy):
+        return
+    for key in ("ema", "l2_sp"):
+        if cfg.get(key):
+            yield (
+                f"{key}={cfg[key]}: needs the whole weights on every rank, which "
+                f"trainer.strategy={strategy} splits; type trainer.strategy=ddp or {key}=null"
+            )

@@ -37,6 +37,7 @@ from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
 from finetune.data.base import LabelledImages, Splits, label_counts
 from finetune.datamodule import DataModule
+from finetune.ema import EMA
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.loggers import end_wandb
 from finetune.model import Classifier
@@ -100,6 +101,8 @@ def train_and_test(
     monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
     best, throughput = BestCheckpoint(run, monitor), Throughput()
     callbacks: list[Callback] = [throughput, best, Pictures(), steps, stop]
+    if cfg.ema:
+        callbacks.insert(callbacks.index(steps), EMA(cfg.ema))  # best first, see there
     if cfg.max_steps is not None:
         callbacks.insert(0, MaxSteps(cfg.max_steps))
     if cfg.patience is not None:

@@ -10,7 +10,7 @@ from finetune.specs import InputSpec
 
 
 class Classifier(nn.Module):
-    """Images as uint8 (B, 3, S, S) to logits (B, K).
+    """Images as uint8 or float (B, 3, S, S), values 0 to 255, to logits (B, K).
 
     The normalisation is inside, on the device of the model: what leaves the transform is a quarter
     of the bytes, and nobody can forget it or use that of other weights.
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         return [*by_layer, list(self.head.parameters())]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of uint8 images (B, 3, S, S), values 0 to 255."""
+        """Logits (B, K) of images (B, 3, S, S), uint8 or float, values 0 to 255."""
         normalised = (images.float() / 255 - self.mean) / self.std
         logits: Tensor = self.head(self.backbone(normalised))
         return logits

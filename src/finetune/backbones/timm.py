@@ -1,6 +1,7 @@
 """Every model of timm as a backbone, with its weights and their preprocessing; timm is optional."""
 
 import logging
+import re
 from difflib import get_close_matches
 from math import floor
 from pathlib import Path
@@ -30,12 +31,19 @@ _HUB_FILES = (
 )
 
 
-def timm(name: str, weights: str | None = "DEFAULT", input_size: int | None = None) -> Backbone:
+def timm(
+    name: str,
+    weights: str | None = "DEFAULT",
+    input_size: int | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
+) -> Backbone:
     """The model of that name, built without its classifier.
 
     name: an architecture, or architecture.tag for other weights than its first. weights: DEFAULT
     (those of the name, downloaded once), a file, or None. input_size: pixels; evaluation then
-    resizes to it without a crop margin, and position embeddings are interpolated.
+    resizes to it without a crop margin, and position embeddings are interpolated. dropout: of the
+    features; drop_path: of the last block, from 0 at the first. None leaves the model's own.
     """
     config = _config(name)
     spec = _input_spec(config, input_size)
@@ -43,6 +51,8 @@ def timm(name: str, weights: str | None = "DEFAULT", input_size: int | None = No
     # only models of one fixed size take img_size
     resized = config.fixed_input_size and tuple(config.input_size[1:]) != (spec.size, spec.size)
     arguments: dict[str, Any] = {"img_size": spec.size} if resized else {}
+    rates = {"drop_rate": dropout, "drop_path_rate": drop_path}
+    arguments |= {key: rate for key, rate in rates.items() if rate is not None}
     if weights == "DEFAULT":
         net = _build_pretrained(name, config, arguments)
     else:
@@ -116,6 +126,11 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         return create_model(name, num_classes=0, **arguments)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if unknown := re.search(r"argument.*'(drop_rate|drop_path_rate)'", str(error)):
+            rate = unknown[1]
+            key = {"drop_rate": "dropout", "drop_path_rate": "drop_path"}[rate]
+            log.warning("model.%s=%s has no effect: timm's %s has none", key, arguments[rate], name)
+            return _build(name, {k: v for k, v in arguments.items() if k != rate})
         if "img_size" not in arguments:
             raise
         size = arguments["img_size"]  # each architecture refuses a size in its own way

@@ -1,6 +1,7 @@
 """Every classifier of torchvision as a backbone, with its weights and their preprocessing."""
 
 import http.client
+import logging
 from collections import OrderedDict
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+from torchvision.ops import StochasticDepth
 
 from finetune.backbones.base import Backbone, Recipe, check_size, split_head
 from finetune.backbones.weights import align_names, load_weights, looks_like_path, read_state_dict
@@ -18,16 +20,22 @@ from finetune.errors import CheckpointError, ConfigError
 from finetune.network import why_unreachable
 from finetune.specs import InputSpec
 
+log = logging.getLogger(__name__)
+
 
 def torchvision(
-    name: str, weights: str | None = "DEFAULT", input_size: int | None = None
+    name: str,
+    weights: str | None = "DEFAULT",
+    input_size: int | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
 ) -> Backbone:
     """The classifier of that name with its head taken off.
 
     weights: a member of its weights enum (downloaded once into torch's hub folder), a file, or
     None. The input spec is that of the member, of DEFAULT for a file or None. input_size: pixels;
     evaluation then resizes to it without a crop margin, and the position embeddings of a ViT are
-    interpolated.
+    interpolated. dropout, drop_path: set_dropout and set_drop_path; None leaves the family's own.
     """
     if name not in (names := list_models(module=models)):
         close = get_close_matches(name, names, n=5, cutoff=0.5)
@@ -47,8 +55,38 @@ def torchvision(
     if source is not None:
         state = _download(source) if isinstance(source, WeightsEnum) else read_state_dict(source)
         load_weights(net, _fit_positions(net, align_names(state, net.state_dict())), str(source))
+    if dropout is not None and not set_dropout(net, dropout):
+        log.warning("model.dropout=%s has no effect: %s has no dropout", dropout, name)
+    if drop_path is not None and not set_drop_path(net, drop_path):
+        log.warning("model.drop_path=%s has no effect: %s has no drop-path", drop_path, name)
     recipe: Recipe = {"family": "torchvision", "name": name, "input_size": spec.size}
     return Backbone(net, num_features, spec, recipe)
+
+
+def set_dropout(net: nn.Module, probability: float) -> int:
+    """Give every dropout of a torchvision network this probability; return how many there are."""
+    found = 0
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        elif hasattr(module, "drop_rate"):  # DenseNet's
+            module.drop_rate = probability  # type: ignore[assignment]
+        else:
+            continue
+        found += 1
+    return found
+
+
+def set_drop_path(net: nn.Module, largest: float) -> int:
+    """Scale drop-path so that the last block is skipped with this probability; return how many.
+
+    The growth with depth, linear from 0, stays as torchvision has built it.
+    """
+    paths = [module for module in net.modules() if isinstance(module, StochasticDepth)]
+    before = max((path.p for path in paths), default=0.0)
+    for path in paths:
+        path.p *= largest / before
+    return len(paths)
 
 
 def _source(

@@ -1,5 +1,6 @@
 """What every task shares: freezing, parameter groups, the lr of each step, reseeding."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -8,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from finetune.data.mix import mix
 from finetune.data.sampler import stable_hash
+from finetune.datamodule import Batch
 from finetune.model import Classifier
 from finetune.param_groups import param_groups
 from finetune.strategies import Strategy
+
+log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 Schedule = Callable[[int, int], float]
@@ -24,6 +29,9 @@ class Task(L.LightningModule):
     function of step and epoch: a resume restores nothing but the counters.
     optimizer: called with the parameter groups; its own lr is the base lr.
     schedule: factor on the lr from (step, total_steps).
+    mixup, cutmix: alpha of the Beta distribution; training batches are mixed. None or 0.0: off.
+    l2_sp: strength of the pull of the backbone to the weights it was built with, in place of its
+    weight decay. None or 0.0: off.
     """
 
     task_name: ClassVar[str]  # as in conf/task, and in a checkpoint
@@ -45,6 +53,9 @@ class Task(L.LightningModule):
         epochs: int,
         total_steps: int,
         seed: int,
+        mixup: float | None = None,
+        cutmix: float | None = None,
+        l2_sp: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -52,6 +63,12 @@ class Task(L.LightningModule):
         self.make_optimizer, self.schedule = optimizer, schedule
         self.weight_decay, self.epochs, self.total_steps = weight_decay, epochs, total_steps
         self.seed = seed
+        self.mixup, self.cutmix, self.l2_sp = mixup or 0.0, cutmix or 0.0, l2_sp or 0.0
+        # before a resume loads its weights; no buffers: those are saved, and sent between ranks
+        self._start = [
+            (parameter, parameter.detach().clone())
+            for parameter in (model.backbone.net.parameters() if self.l2_sp else ())
+        ]
         self._mode_epoch = -1
         self._frozen_for_now: list[nn.Parameter] = []
 
@@ -70,9 +87,19 @@ class Task(L.LightningModule):
         """Freeze before the strategy wraps the model."""
         self.freeze_what_never_trains()
 
+    def on_fit_start(self) -> None:
+        """Bring the weights that l2_sp pulls to where the model is by now."""
+        trains = [(p, start) for p, start in self._start if p.requires_grad]
+        self._start = [(p, start.to(p.device)) for p, start in trains]
+        if self.l2_sp and not trains:
+            log.warning("l2_sp=%s has no effect: the backbone does not train", self.l2_sp)
+
     def configure_optimizers(self) -> Optimizer:
         """One group per (layer, decays or not), frozen layers included, from step 0 on."""
         groups = param_groups(self.model, self.weight_decay)
+        if self.l2_sp:  # it takes the place of weight decay, in the backbone
+            for group in groups:
+                group["weight_decay"] *= group["layer"] == self.model.depth
         optimizer = self.make_optimizer(groups)
         self.base_lr = float(optimizer.defaults["lr"])
         return optimizer
@@ -104,6 +131,24 @@ class Task(L.LightningModule):
         """Drop the gradients of layers that are frozen now and train later."""
         for parameter in self._frozen_for_now:
             parameter.grad = None
+
+    def mixed(self, batch: Batch, batch_idx: int) -> Batch:
+        """The batch as mixup and cutmix make it: float targets (B, K); untouched without them.
+
+        Drawn from (seed, rank, epoch, batch): a run that was resumed mixes as the other did.
+        """
+        if not (self.mixup or self.cutmix):
+            return batch
+        seed = stable_hash("mix", self.seed, self.global_rank, self.current_epoch, batch_idx)
+        return mix(*batch, len(self.model.classes), self.mixup, self.cutmix, seed)
+
+    def pull_to_start(self) -> Tensor:
+        """l2_sp / 2 * ||w - w0||^2 over what trains of the backbone; w0: what it was built with.
+
+        Source: Li et al. 2018 (L2-SP); norms and biases are part of w there too.
+        """
+        distances = [(parameter - start).square().sum() for parameter, start in self._start]
+        return 0.5 * self.l2_sp * sum(distances, torch.zeros((), device=self.device))
 
     def logs_this_step(self, batch_idx: int) -> bool:
         """Whether the loggers get the step that this batch ends, if it ends one."""

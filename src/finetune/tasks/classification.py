@@ -16,7 +16,12 @@ from finetune.tasks.base import Task
 
 
 class Classification(Task):
-    """Logs train/loss and train/accuracy per step; val/* and test/* over the whole split."""
+    """Logs train/* per step; val/* and test/*, which know nothing of mixing, over the whole split.
+
+    label_smoothing: share of the target that is spread over all classes, in training alone; None
+    for 0.0. Source: Szegedy et al. 2016. balance: of the training loss. class_counts: images of
+    train by class, (K,).
+    """
 
     task_name = "classification"
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "top5", "loss", "ece")
@@ -30,12 +35,13 @@ class Classification(Task):
     def __init__(
         self,
         *args: Any,
+        label_smoothing: float | None = None,
         balance: Balance | None = None,
         class_counts: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
-        """balance: of the training loss. class_counts: images of train by class, (K,)."""
         super().__init__(*args, **kwargs)
+        self.label_smoothing = label_smoothing or 0.0
         weights = class_weights(class_counts) if balance == "weights" else None
         priors = log_priors(class_counts) if balance == "logit_adjust" else None
         self.register_buffer("class_weights", weights, persistent=False)
@@ -45,30 +51,39 @@ class Classification(Task):
         self.last_confusion, self.last_per_class = None, []
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of a training batch, balanced as asked. logits (B, K), targets (B,).
+        """Cross-entropy of a training batch: logits (B, K), classes (B,) or soft targets (B, K).
 
-        With weights, the mean is weighted too, as torch's CrossEntropyLoss has it.
+        With class weights, the mean is weighted too, as torch's CrossEntropyLoss has it.
         """
+        logits = logits.float()
         if self.log_priors is not None:
             logits = logits + self.log_priors
-        return F.cross_entropy(logits, targets, weight=self.class_weights)
+        return F.cross_entropy(
+            logits, targets, weight=self.class_weights, label_smoothing=self.label_smoothing
+        )
 
     def train_values(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """What is logged of a training batch beside its loss."""
-        return {"train/accuracy": (logits.argmax(1) == targets).float().mean()}
+        """Accuracy of a training batch; a guess in a mixed image counts by its class's weight."""
+        guesses = logits.argmax(1)
+        hits = (guesses == targets) if targets.ndim == 1 else targets.gather(1, guesses[:, None])
+        return {"train/accuracy": hits.float().mean()}
 
     def split_metrics(self, split: str) -> Any:
         """All that is measured on one split."""
         return SplitMetrics(split, len(self.model.classes))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch: mean over its images."""
-        images, targets = batch
+        """What is minimised: the loss of a batch, and the pull of l2_sp."""
+        images, targets = self.mixed(batch, batch_idx)
         logits = self.model(images)
         loss = self.loss(logits, targets)
+        values: dict[str, Tensor | float] = {}
+        if self.l2_sp:
+            pull = self.pull_to_start()
+            loss, values["train/l2_sp"] = loss + pull, pull.detach()
         if self.logs_this_step(batch_idx):
-            values = {"train/loss": loss.detach()} | self.train_values(logits.detach(), targets)
-            self.log_step({**values, **self.learning_rates()}, self.global_step)
+            values |= {"train/loss": loss.detach(), **self.learning_rates()}
+            self.log_step(values | self.train_values(logits.detach(), targets), self.global_step)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
