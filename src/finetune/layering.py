@@ -7,20 +7,11 @@ def layer_modules(net: nn.Module) -> list[dict[str, nn.Module]]:
     """Modules by name for each layer of a headless net: 0 is the stem; one per stage or block.
 
     One rule for CNNs and transformers. The children of net, in registration order, are the parts;
-    while fewer than 4 have weights, or one holds 90 % of the parameters, the largest is replaced
-    by its own children. What has no weights (a norm, activation, pool) joins the part before it,
-    and a lone convolution or linear layer (a downsampling) the stage after it.
+    while they make fewer than 4 layers, or one holds 90 % of the parameters, the largest is
+    replaced by its own children. What has no weights (a norm, activation, pool) joins the part
+    before it, and a lone convolution or linear layer (a downsampling) the stage after it.
     """
-    layers: list[dict[str, nn.Module]] = [{}]
-    for name, module in _parts(net).items():
-        if _num_weights(module) > 0 and _num_weights(*layers[-1].values()) > 0:
-            layers.append({})
-        layers[-1][name] = module
-    for i in range(len(layers) - 2, 0, -1):  # from the end, so that a run of them joins as a whole
-        here, after = layers[i], layers[i + 1]
-        if _num_weights(*here.values()) == 1 < _num_weights(*after.values()):
-            layers[i : i + 2] = [here | after]
-    return layers
+    return _joined(_parts(net))
 
 
 def layer_of_parameter(net: nn.Module) -> dict[str, int]:
@@ -32,6 +23,19 @@ def layer_of_parameter(net: nn.Module) -> dict[str, int]:
         for name, _ in module.named_parameters()
     }
     return {name: layer_of.get(name, 0) for name, _ in net.named_parameters()}
+
+
+def _joined(parts: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    layers: list[dict[str, nn.Module]] = [{}]
+    for name, module in parts.items():
+        if _num_weights(module) > 0 and _num_weights(*layers[-1].values()) > 0:
+            layers.append({})
+        layers[-1][name] = module
+    for i in range(len(layers) - 2, 0, -1):  # from the end, so that a run of them joins as a whole
+        here, after = layers[i], layers[i + 1]
+        if _num_weights(*here.values()) == 1 < _num_weights(*after.values()):
+            layers[i : i + 2] = [here | after]
+    return layers
 
 
 def _parts(net: nn.Module) -> dict[str, nn.Module]:
@@ -53,7 +57,7 @@ def _to_open(parts: dict[str, nn.Module]) -> str | None:
     if not openable:
         return None
     largest = max(openable, key=sizes.__getitem__)
-    few = sum(_num_weights(module) > 0 for module in parts.values()) < 4
+    few = len(_joined(parts)) < 4
     return largest if few or sizes[largest] > 0.9 * sum(sizes.values()) else None
 
 

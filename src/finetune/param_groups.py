@@ -1,5 +1,6 @@
 """One optimizer group per (layer, decays or not), from step 0 on, for every strategy."""
 
+import re
 from typing import Any
 
 from torch import nn
@@ -7,15 +8,21 @@ from torch import nn
 from finetune.layering import layer_of_parameter
 from finetune.model import Classifier
 
-NO_DECAY = ("class_token", "cls_token", "pos_embedding", "pos_embed")
+# in the own name of a parameter: class_token, pos_embed, relative_position_bias_table, rel_pos_h
+SPARED_WORDS = {"token", "tokens", "pos", "position", "positional", "rel", "bias", "biases"}
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: biases, norms, class tokens and positions are spared.
+    """Whether weight decay applies: biases, norms, tokens, positions and scales are spared.
 
-    Source: the habit of BERT, MAE and timm; norms and biases are the vectors.
+    Norms, biases and scales (LayerScale) are the vectors, whatever dimensions of size 1 they have.
+    Source: the habit of BERT, MAE and timm; Swin V2 for the network that makes its positions.
     """
-    return parameter.ndim > 1 and not name.endswith(NO_DECAY)
+    if parameter.ndim <= 1 or "cpb_mlp" in name:
+        return False
+    own = name.rpartition(".")[2]
+    is_vector = parameter.numel() == max(parameter.shape) and own != "weight"  # of a convolution
+    return not is_vector and SPARED_WORDS.isdisjoint(re.findall("[a-z]+", own))
 
 
 def param_groups(model: Classifier, weight_decay: float) -> list[dict[str, Any]]:
