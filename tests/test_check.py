@@ -47,6 +47,8 @@ def problems(*overrides, command="train"):
         ("optimizer.lr=inf", "optimizer.lr=inf: must be a number above 0"),
         ("optimizer.lr=fast", "optimizer.lr"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1"),
+        ("head.dropout=1", "head.dropout=1: must be a probability below 1, or null"),
+        ("head.init=zeros", "head.init='zeros': must be one of random, zero, ridge or null"),
         ("schedule.warmup=1", "schedule.warmup=1: must be a share of the steps"),
         ("schedule.warmup=long", "schedule.warmup='long': must be a number"),
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0"),
@@ -78,6 +80,20 @@ def test_a_value_that_cannot_work_is_named_once_with_what_may_stand(override, sa
 def test_a_value_that_works_is_let_pass(override):
     base = ("optimizer=sgd", "schedule=cosine", "augment=light", "trainer.accelerator=cpu")
     assert problems(*base, override) == []
+
+
+def test_a_head_that_cannot_be_is_told_with_what_to_type():
+    (found,) = problems("head=mlp", "head.hidden=0")
+    assert found == "head.hidden=0: must be a whole number from 1, or null"
+    (found,) = problems("head=mlp", "head.init=ridge")
+    assert found.startswith("head.init=ridge: ")
+    assert found.endswith("head=linear")
+    (found,) = problems("model=resnet18", "head=keep", "model.weights=null")
+    assert found.startswith("model.weights=null: ")
+    assert found.endswith("head=linear")
+    assert problems("model=resnet18", "head=keep") == []
+    assert problems("model=run", "model.path=logs/run", "head=keep") == []
+    assert problems("head.init=ridge", "head.dropout=0.5") == []
 
 
 def test_all_problems_are_told_at_once():
@@ -123,7 +139,8 @@ def test_other_commands_are_checked_too():
 def test_every_range_belongs_to_a_key_that_some_config_has():
     configs = [composed(), composed("run=x", command="evaluate"),
                composed("run=x", "input=y", command="predict"), composed("data=fake"),
-               composed("augment=strong", "optimizer=sgd", "schedule=cosine")]  # fmt: skip
+               composed("augment=strong", "optimizer=sgd", "schedule=cosine"),
+               composed("head=mlp")]  # fmt: skip
     missing = object()
     for key, *_ in RANGES:
         assert any(OmegaConf.select(c, key, default=missing) is not missing for c in configs), key

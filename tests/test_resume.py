@@ -111,6 +111,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_pat
         ("checkpoint.every_n_steps=1", "patience=1", "strategy=linear_probe"),
         ("checkpoint.every_n_steps=100", "max_steps=13", "optimizer=adamw"),
         ("checkpoint.every_n_steps=2", "max_steps=9"),
+        ("checkpoint.every_n_steps=3", "head.init=ridge", "head.dropout=0.2"),
     ],
     ids=" ".join,
 )

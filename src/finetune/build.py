@@ -75,10 +75,10 @@ def build_splits(cfg: DictConfig) -> Splits:
 
 
 def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
-    """The backbone with its weights, and a new head."""
+    """The backbone with its weights, and the head."""
     torch.manual_seed(cfg.seed)  # of the head, and of a backbone from scratch
     backbone = make(cfg.model)
-    return Classifier(backbone, classes)
+    return Classifier(backbone, classes, make(cfg.head)(backbone, classes))
 
 
 def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> DataModule:

@@ -39,6 +39,8 @@ def problems_of(cfg: DictConfig) -> Iterator[str]:
                 seen.add(problem.split("=")[0])
                 yield problem
     yield from (p for p in _range_problems(cfg) if p.split("=")[0] not in seen)
+    if "head" in cfg:
+        yield from _head_problems(cfg)
     if "trainer" in cfg:
         yield from _device_problems(cfg)
 
@@ -158,6 +160,8 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("data.num_classes", True, _whole(2), "a whole number from 2"),
     ("data.image_size", True, _whole(1), "pixels, from 1"),
     ("model.input_size", True, _whole(1), "pixels, from 1, or null"),
+    ("head.dropout", True, _number(lambda v: 0 <= v < 1), "a probability below 1, or null"),
+    ("head.hidden", True, _whole(1), "a whole number from 1, or null"),
     ("optimizer.lr", False, _number(lambda v: v > 0), "a number above 0"),
     ("optimizer.momentum", False, _number(lambda v: 0 <= v < 1), "a number from 0, below 1"),
     ("optimizer.weight_decay", False, _number(lambda v: v >= 0), "a number from 0"),
@@ -191,6 +195,15 @@ def _range_problems(cfg: DictConfig) -> Iterator[str]:
             good = False
         if not good:
             yield f"{key}={value}: must be {allowed}"
+
+
+def _head_problems(cfg: DictConfig) -> Iterator[str]:
+    """A closed form that is not there; weights to keep that are not there."""
+    kind = str(cfg.head.get("_target_")).rpartition(".")[2]
+    if cfg.head.get("init") == "ridge" and kind != "linear":
+        yield f"head.init=ridge: the closed form is that of a linear layer, not {kind}; head=linear"
+    if kind == "keep" and OmegaConf.select(cfg, "model.weights", default="") is None:
+        yield "model.weights=null: no trained head for head=keep; type a file, or head=linear"
 
 
 def _device_problems(cfg: DictConfig) -> Iterator[str]:

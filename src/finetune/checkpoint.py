@@ -20,13 +20,14 @@ class Checkpoint:
     """best.ckpt: weights, and what is needed to use them elsewhere.
 
     state_dict: of a Classifier. backbone: family and the keyword arguments that rebuild the
-    architecture; data, never code. value: of monitor.
+    architecture; head: its kind and those of the head; data, never code. value: of monitor.
     """
 
     state_dict: dict[str, Tensor]
     classes: tuple[str, ...]
     input_spec: InputSpec
     backbone: dict[str, Any]
+    head: dict[str, Any]
     epoch: int
     step: int
     monitor: str
@@ -66,7 +67,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def read(path: Path) -> Checkpoint:
     """Read a best.ckpt. Raises CheckpointError if it is not one."""
-    content = load(path)
+    content = {"head": {"kind": "linear"}} | load(path)  # before there were others, it was unsaid
     names = Checkpoint.__dataclass_fields__
     missing = [name for name in names if name not in content]
     if missing or content.get("format") != FORMAT:

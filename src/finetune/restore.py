@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune import checkpoint
+from finetune import checkpoint, heads
 from finetune.backbones.run import misfit, rebuild
 from finetune.data import transforms
 from finetune.data.transforms import Transform
@@ -36,7 +36,9 @@ def load(run: str | Path, target: str | None = None) -> Loaded:
             f"Go on with it: python train.py resume={run}"
         )
     saved = checkpoint.read(path)
-    model = Classifier(rebuild(saved, path, target), saved.classes)
+    backbone = rebuild(saved, path, target)
+    head = heads.rebuild(saved.head, backbone.num_features, len(saved.classes))
+    model = Classifier(backbone, saved.classes, head)
     try:
         model.load_state_dict(saved.state_dict)
     except RuntimeError as error:

@@ -13,6 +13,7 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights, list_m
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from finetune.backbones.base import Backbone, Recipe, check_size, split_head
+from finetune.backbones.source_head import head_loader
 from finetune.backbones.weights import align_names, load_weights, looks_like_path, read_state_dict
 from finetune.errors import CheckpointError, ConfigError
 from finetune.network import why_unreachable
@@ -41,14 +42,16 @@ def torchvision(
         source if isinstance(source, WeightsEnum) else members["DEFAULT"], input_size
     )
     net = _build(name, spec.size, initialize=source is None)
-    num_features, _ = split_head(net)
+    num_features, head = split_head(net)
     if input_size is not None:
         check_size(net, spec.size)
+    own_head = None
     if source is not None:
         state = _download(source) if isinstance(source, WeightsEnum) else read_state_dict(source)
         load_weights(net, _fit_positions(net, align_names(state, net.state_dict())), str(source))
+        own_head = head_loader(head, state, str(source))
     recipe: Recipe = {"family": "torchvision", "name": name, "input_size": spec.size}
-    return Backbone(net, num_features, spec, recipe)
+    return Backbone(net, num_features, spec, recipe, own_head)
 
 
 def _source(
