@@ -55,6 +55,8 @@ THEN = ("strategy=lp_ft", "strategy@strategy.then=layer_decay")
         ("optimizer.lr=inf", "optimizer.lr=inf: must be a number above 0"),
         ("optimizer.lr=fast", "optimizer.lr"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1"),
+        ("head.dropout=1", "head.dropout=1: must be a probability below 1, or null"),
+        ("head.init=zeros", "head.init='zeros': must be one of random, zero, ridge or null"),
         ("schedule.warmup=1", "schedule.warmup=1: must be a share of the steps"),
         ("schedule.warmup=long", "schedule.warmup='long': must be a number"),
         ("mixup=-0.1", "mixup=-0.1: must be a number from 0, or null"),
@@ -174,6 +176,20 @@ def test_what_needs_whole_weights_is_refused_where_they_are_split(key, monkeypat
     assert problems(*gpus, "trainer.strategy=ddp", f"{key}=0.5") == []
 
 
+def test_a_head_that_cannot_be_is_told_with_what_to_type():
+    (found,) = problems("head=mlp", "head.hidden=0")
+    assert found == "head.hidden=0: must be a whole number from 1, or null"
+    (found,) = problems("head=mlp", "head.init=ridge")
+    assert found.startswith("head.init=ridge: ")
+    assert found.endswith("head=linear")
+    (found,) = problems("model=resnet18", "head=keep", "model.weights=null")
+    assert found.startswith("model.weights=null: ")
+    assert found.endswith("head=linear")
+    assert problems("model=resnet18", "head=keep") == []
+    assert problems("model=run", "model.path=logs/run", "head=keep") == []
+    assert problems("head.init=ridge", "head.dropout=0.5") == []
+
+
 def test_all_problems_are_told_at_once():
     first = composed("epochs=-1", "batch_size=0", "data=image_folder")
     second = composed("epochs=-1", "optimizer.lr=-1")
@@ -222,7 +238,8 @@ def test_every_range_belongs_to_a_key_that_some_config_has():
                composed("strategy=layer_decay"),
                composed("strategy=gradual_unfreeze"), composed("strategy=head_lr"),
                composed("augment=randaugment", "optimizer=sgd", "schedule=cosine",
-                        "model=resnet18")]  # fmt: skip
+                        "model=resnet18"),
+               composed("head=mlp")]  # fmt: skip
     missing = object()
     for key, *_ in RANGES:
         assert any(OmegaConf.select(c, key, default=missing) is not missing for c in configs), key

@@ -18,6 +18,7 @@ SAVED = Checkpoint(
     classes=("cat", "dog"),
     input_spec=InputSpec(16, 20, mean=(0.1, 0.2, 0.3)),
     backbone={"family": "tiny", "input_size": 16},
+    head={"kind": "mlp", "hidden": 5, "dropout": 0.1},
     epoch=1,
     step=7,
     monitor="val/accuracy",
@@ -35,7 +36,7 @@ def path(tmp_path):
 def test_what_is_written_is_what_is_read(path):
     again = checkpoint.read(path)
     assert torch.equal(again.state_dict["head.weight"], SAVED.state_dict["head.weight"])
-    for name in ("classes", "input_spec", "backbone", "epoch", "step", "monitor", "value"):
+    for name in ("classes", "input_spec", "backbone", "head", "epoch", "step", "monitor", "value"):
         assert getattr(again, name) == getattr(SAVED, name)
 
 

@@ -12,8 +12,8 @@ from finetune.check import problems_of
 from finetune.overrides import CONF
 
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
-GROUPS = ("recipe", "model", "data", "task", "strategy", "augment", "optimizer", "schedule",
-          "trainer", "logger", "experiment")  # fmt: skip
+GROUPS = ("recipe", "model", "head", "data", "task", "strategy", "augment", "optimizer",
+          "schedule", "trainer", "logger", "experiment")  # fmt: skip
 LEAVES = [
     (group, path.stem)
     for group in GROUPS

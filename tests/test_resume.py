@@ -116,6 +116,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_pat
         ("checkpoint.every_n_steps=1", "trainer.accumulate_grad_batches=2", "mixup=0.4",
          "cutmix=1.0", "task.label_smoothing=0.1", "l2_sp=0.1", "ema=0.9",
          "trainer.gradient_clip_val=0.5", "trainer.precision=bf16-mixed"),
+        ("checkpoint.every_n_steps=3", "head.init=ridge", "head.dropout=0.2"),
     ],
     ids=" ".join,
 )  # fmt: skip

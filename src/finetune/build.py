@@ -103,9 +103,10 @@ def check_labels(splits: Splits, cfg: DictConfig) -> None:
 
 
 def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
-    """The backbone with its weights, and a new head."""
+    """The backbone with its weights, and the head."""
     torch.manual_seed(cfg.seed)  # of the head, and of a backbone from scratch
-    return Classifier(build_backbone(cfg), classes)
+    backbone = build_backbone(cfg)
+    return Classifier(backbone, classes, make(cfg.head)(backbone, classes))
 
 
 def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:

@@ -124,6 +124,7 @@ def write_best(
             classes=model.classes,
             input_spec=model.input_spec,
             backbone=dict(model.backbone.recipe),
+            head=dict(model.head.recipe),
             **{k: best[k] for k in ("epoch", "step", "monitor", "value", "task")},
         ),
     )

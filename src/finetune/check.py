@@ -46,6 +46,8 @@ def problems_of(cfg: DictConfig) -> Iterator[str]:
     yield from (p for p in _range_problems(cfg) if p.split("=")[0] not in seen)
     if "task" in cfg:
         yield from _task_problems(cfg)
+    if "head" in cfg:
+        yield from _head_problems(cfg)
     if "trainer" in cfg:
         yield from _device_problems(cfg)
         yield from _shard_problems(cfg)
@@ -195,6 +197,8 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("model.input_size", True, _whole(1), "pixels, from 1, or null"),
     ("model.dropout", True, BELOW_1, "a probability, from 0, below 1, or null"),
     ("model.drop_path", True, BELOW_1, "a probability, from 0, below 1, or null"),
+    ("head.dropout", True, BELOW_1, "a probability below 1, or null"),
+    ("head.hidden", True, _whole(1), "a whole number from 1, or null"),
     ("optimizer.lr", True, _number(lambda v: v > 0), "a number above 0, or null"),
     ("optimizer.momentum", False, BELOW_1, "a number from 0, below 1"),
     ("optimizer.weight_decay", True, FROM_0, "a number from 0, or null"),
@@ -263,6 +267,17 @@ def _task_problems(cfg: DictConfig) -> Iterator[str]:
             f"data.balance={balance}: with task={task.task_name} it must be {one_of}"
             f"{', '.join(balances)}, or null"
         )
+
+
+def _head_problems(cfg: DictConfig) -> Iterator[str]:
+    """A closed form that is not there; weights to keep that are not there."""
+    kind = str(cfg.head.get("_target_")).rpartition(".")[2]
+    if cfg.head.get("init") == "ridge" and kind != "linear":
+        yield f"head.init=ridge: the closed form is that of a linear layer, not {kind}; head=linear"
+    if cfg.head.get("init") == "ridge" and str(cfg.task.get("_target_")).endswith("Multilabel"):
+        yield "head.init=ridge: for one label per image; with task=multilabel type head.init=zero"
+    if kind == "keep" and OmegaConf.select(cfg, "model.weights", default="") is None:
+        yield "model.weights=null: no trained head for head=keep; type a file, or head=linear"
 
 
 def _device_problems(cfg: DictConfig) -> Iterator[str]:

@@ -20,14 +20,15 @@ class Checkpoint:
     """best.ckpt: weights, and what is needed to use them elsewhere.
 
     state_dict: of a Classifier. backbone: family and the keyword arguments that rebuild the
-    architecture; data, never code. value: of monitor. task: what the logits are for, by name:
-    classification (softmax) or multilabel (a sigmoid for each class).
+    architecture; head: its kind and those of the head; data, never code. value: of monitor. task:
+    what the logits are for: classification (softmax) or multilabel (a sigmoid for each class).
     """
 
     state_dict: dict[str, Tensor]
     classes: tuple[str, ...]
     input_spec: InputSpec
     backbone: dict[str, Any]
+    head: dict[str, Any]
     epoch: int
     step: int
     monitor: str
@@ -68,7 +69,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def read(path: Path) -> Checkpoint:
     """Read a best.ckpt. Raises CheckpointError if it is not one."""
-    content = {"task": "classification"} | load(path)  # older ones know no other
+    # what older ones leave unsaid
+    content = {"task": "classification", "head": {"kind": "linear"}} | load(path)
     names = Checkpoint.__dataclass_fields__
     missing = [name for name in names if name not in content]
     if missing or content.get("format") != FORMAT:

@@ -110,6 +110,11 @@ class DataModule(L.LightningDataModule):
         assert self.splits.test is not None
         return self._loader("test", self.splits.test, self.eval_transform)
 
+    def unaugmented(self, images: LabelledImages) -> LazyLoader:
+        """All of these images in order, on every rank, as evaluation sees them."""
+        batches = EpochBatches(len(images), self.batch_size)
+        return self._of_batches(images, self.eval_transform, batches, persistent=False)
+
     def first_training_images(self, most: int) -> Tensor:
         """The first augmented images of the run, uint8 (N, 3, S, S): to look at."""
         images = TransformedImages(self.splits.train, self.train_transform, self.seed)
@@ -131,9 +136,14 @@ class DataModule(L.LightningDataModule):
                 f"{needed}; fewer devices: trainer.devices=1"
             )
         sampler = self._batches(images, shuffle, rank, world_size)
+        return self._of_batches(images, transform, sampler, persistent=True)
+
+    def _of_batches(
+        self, images: LabelledImages, transform: Transform, sampler: EpochBatches, persistent: bool
+    ) -> LazyLoader:
         options: dict[str, Any] = {}
         if self.num_workers > 0:
-            options = {"persistent_workers": True, "prefetch_factor": 4}
+            options = {"persistent_workers": persistent, "prefetch_factor": 4}
         return LazyLoader(
             TransformedImages(images, transform, self.seed),
             batch_sampler=sampler,

@@ -14,13 +14,14 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 import finetune
-from finetune import build, checkpoint, resolve
+from finetune import build, checkpoint, heads, resolve, ridge
 from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
@@ -36,9 +37,11 @@ from finetune.callbacks import (
 from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
 from finetune.data.base import LabelledImages, Splits, label_counts
+from finetune.data.split import stratified
 from finetune.datamodule import DataModule
 from finetune.ema import EMA
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.features import extract
 from finetune.loggers import end_wandb
 from finetune.model import Classifier
 from finetune.recipes import Choice, Recipe, none
@@ -46,6 +49,8 @@ from finetune.record import Record
 from finetune.tasks.base import Task, parameter_counts
 
 log = logging.getLogger(__name__)
+
+MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the time is felt
 
 # what a resume may change: none of it changes the arithmetic
 FREE_TO_CHANGE = ("num_workers", "logger", "checkpoint", "resume", "data.root", "data.download")
@@ -118,6 +123,8 @@ def train_and_test(
             device=device_name(trainer),
         )
 
+    if cfg.head.get("init") == "ridge" and resume_from is None:
+        start_from_ridge(parts, trainer.strategy.root_device, cfg.seed)
     if parts.budget.total_steps > 0:
         trainer.fit(parts.task, parts.datamodule, ckpt_path=resume_from, weights_only=True)
     if best.validated_step != trainer.global_step:  # nothing was trained, or max_steps is 0
@@ -214,6 +221,33 @@ def check_batch(batch_size: int, model: Classifier) -> None:
         )
 
 
+def start_from_ridge(parts: Parts, device: torch.device, seed: int) -> None:
+    """Set the linear head to the ridge solution on the training features, without augmentation.
+
+    Every rank computes the same.
+    """
+    began = time.time()
+    model, images = parts.task.model, parts.splits.train
+    assert isinstance(model.head, heads.Linear)  # finetune.check refuses others
+    if len(images) > MOST_FOR_RIDGE:
+        log.info("head.init=ridge: %d of %d training images", MOST_FOR_RIDGE, len(images))
+        images = images.subset(stratified(images.labels, MOST_FOR_RIDGE, seed))
+    features, labels = extract(model, parts.datamodule.unaugmented(images), device)
+    if device.type != "cuda":  # others have no float64
+        features, labels = features.cpu(), labels.cpu()
+    targets = F.one_hot(labels, len(model.classes))
+    found = ridge.solve(features, targets)
+    scale = ridge.softmax_scale(found.predictions, targets)
+    with torch.no_grad():
+        model.head.weight.copy_(scale * found.weight)
+        model.head.bias.copy_(scale * found.bias)
+    accuracy = float((found.predictions.argmax(1) == labels).double().mean())
+    log.info(
+        "head.init=ridge: %d images, lambda %.3g, leave-one-out accuracy %.4f, %.1f s",
+        len(images), found.penalty, accuracy, time.time() - began,
+    )  # fmt: skip
+
+
 def facts_of(parts: Parts, cfg: DictConfig) -> dict[str, Any]:
     """Data and model, for run.json."""
     counts = {name: len(images) for name, images in named_splits(parts.splits).items()}
@@ -227,6 +261,7 @@ def facts_of(parts: Parts, cfg: DictConfig) -> dict[str, Any]:
         "model": {
             **parts.task.model.backbone.recipe,
             "weights": cfg.model.get("weights"),
+            "head": parts.task.model.head.recipe,
             "parameters": parameters,
             "trainable": trainable,
         },

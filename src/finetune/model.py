@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from finetune import heads
 from finetune.backbones.base import Backbone
+from finetune.heads import Head, Linear
 from finetune.layering import layer_modules, layer_of_parameter
 from finetune.specs import InputSpec
 
@@ -20,10 +20,12 @@ class Classifier(nn.Module):
     std: Tensor
     depth: int  # layers of the backbone; the head is layer depth
 
-    def __init__(self, backbone: Backbone, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, backbone: Backbone, classes: tuple[str, ...], head: Head | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = heads.linear(backbone.num_features, len(classes))
+        self.head = Linear(backbone.num_features, len(classes)) if head is None else head
         self.classes = classes
         self.layers = layer_modules(backbone.net)
         self.depth = len(self.layers)
@@ -49,8 +51,12 @@ class Classifier(nn.Module):
             by_layer[layers[name]].append(parameter)
         return [*by_layer, list(self.head.parameters())]
 
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees, (B, D), of images (B, 3, S, S), uint8 or float, values 0 to 255."""
+        features: Tensor = self.backbone((images.float() / 255 - self.mean) / self.std)
+        return features
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, 3, S, S), uint8 or float, values 0 to 255."""
-        normalised = (images.float() / 255 - self.mean) / self.std
-        logits: Tensor = self.head(self.backbone(normalised))
+        logits: Tensor = self.head(self.features(images))
         return logits

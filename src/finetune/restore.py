@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune import checkpoint
+from finetune import checkpoint, heads
 from finetune.backbones.run import misfit, rebuild
 from finetune.checkpoint import Checkpoint
 from finetune.data import transforms
@@ -42,7 +42,9 @@ def saved_model(run: Path, target: str | None) -> tuple[Checkpoint, Classifier]:
             f"Go on with it: python train.py resume={run}"
         )
     saved = checkpoint.read(path)
-    model = Classifier(rebuild(saved, path, target), saved.classes)
+    backbone = rebuild(saved, path, target)
+    head = heads.rebuild(saved.head, backbone.num_features, len(saved.classes))
+    model = Classifier(backbone, saved.classes, head)
     try:
         model.load_state_dict(saved.state_dict)
     except RuntimeError as error:

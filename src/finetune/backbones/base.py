@@ -1,7 +1,9 @@
 """What every backbone is: (B, 3, H, W) images to (B, D) features, the classifier taken off."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +16,44 @@ Kind = Literal["CNN with BatchNorm", "CNN", "transformer"]
 Recipe = dict[str, str | int | float | bool | None]
 
 
+@dataclass(frozen=True)
+class SourceHead:
+    """The head of the source task, as data for finetune.heads.
+
+    recipe: what rebuilds it; state: its weights. classes: names, where they are known.
+    """
+
+    recipe: dict[str, Any]
+    state: dict[str, Tensor]
+    num_classes: int
+    classes: tuple[str, ...] | None = None
+
+
+LoadHead = Callable[["Backbone"], SourceHead]
+
+
 class Backbone(nn.Module):
     """A headless network and what must be known of it: (B, 3, H, W) to (B, D).
 
     recipe: "family" and the keyword arguments that build the same architecture again, weights
-    left out: FAMILIES[family](**arguments, weights=None).
+    left out: FAMILIES[family](**arguments, weights=None). load_head: gives the head that the
+    weights came with, once it is asked for; None where they have none.
     """
 
     def __init__(
-        self, net: nn.Module, num_features: int, input_spec: InputSpec, recipe: Recipe
+        self,
+        net: nn.Module,
+        num_features: int,
+        input_spec: InputSpec,
+        recipe: Recipe,
+        load_head: LoadHead | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.num_features = num_features
         self.input_spec = input_spec
         self.recipe = dict(recipe)
+        self.load_head = load_head
 
     @property
     def num_parameters(self) -> int:

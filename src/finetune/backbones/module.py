@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from finetune.backbones.base import Backbone, Recipe, split_head
+from finetune.backbones.source_head import head_loader
 from finetune.backbones.weights import load_weights, read_state_dict
 from finetune.errors import ConfigError
 from finetune.specs import IMAGENET_MEAN, IMAGENET_STD, InputSpec
@@ -38,10 +39,13 @@ def module(
         raise ConfigError(f"model.std: must be positive, got {list(spec.std)}")
     net = _call(target)
     num_features, head = split_head(net)
+    own_head = None
     if weights is not None:
-        load_weights(net, read_state_dict(weights), weights)
+        state = read_state_dict(weights)
+        load_weights(net, state, weights)
+        own_head = head_loader(head, state, weights)
     recipe: Recipe = {"family": "module", "target": target, "input_size": size}
-    backbone = Backbone(net, num_features, spec, recipe)
+    backbone = Backbone(net, num_features, spec, recipe, own_head)
     _check_output(backbone, target, head)
     return backbone
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune import checkpoint
 from finetune.backbones import FAMILIES
-from finetune.backbones.base import Backbone
+from finetune.backbones.base import Backbone, SourceHead
 from finetune.checkpoint import Checkpoint
 from finetune.errors import CheckpointError, ConfigError
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def run(path: str, input_size: int | None = None, target: str | None = None) -> Backbone:
-    """Take the best backbone of the run directory path; its head stays behind.
+    """Take the best backbone of the run directory path; its head stays behind, but for head=keep.
 
     input_size: pixels; None for that of the run. target: dotted path of the class, if the run was
     one of model=module.
@@ -38,9 +38,11 @@ def run(path: str, input_size: int | None = None, target: str | None = None) -> 
                 f"{saved.input_spec.size} pixels and takes no other; leave model.input_size out"
             ) from error
         raise misfit(best, saved, error) from error
-    log.info(
-        "loaded all %d tensors of the backbone from %s; its head stays behind", len(names), best
-    )
+    log.info("loaded all %d tensors of the backbone from %s", len(names), best)
+    names = [name for name in saved.state_dict if name.startswith("head.")]
+    head = {name.removeprefix("head."): saved.state_dict[name] for name in names}
+    source = SourceHead(saved.head, head, len(saved.classes), saved.classes)
+    backbone.load_head = lambda _: source
     return backbone
 
 

@@ -3,6 +3,7 @@
 import logging
 import re
 from difflib import get_close_matches
+from functools import partial
 from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from finetune.backbones.base import Backbone, Recipe, check_size
+from finetune.backbones.base import Backbone, Recipe, SourceHead, check_size
+from finetune.backbones.source_head import head_loader
 from finetune.backbones.weights import align_names, load_weights, looks_like_path, read_state_dict
 from finetune.errors import CheckpointError, ConfigError
 from finetune.network import why_unreachable
@@ -63,7 +65,10 @@ def timm(
         state = align_names(read_state_dict(file), net.state_dict())
         load_weights(net, _fit_positions(net, state), str(file))
     recipe: Recipe = {"family": "timm", "name": name, "input_size": spec.size}
-    return Backbone(net, net.head_hidden_size, spec, recipe)  # type: ignore[arg-type]
+    own_head = None
+    if weights is not None:
+        own_head = partial(_load_head, name=name, config=config, arguments=arguments, file=file)
+    return Backbone(net, net.head_hidden_size, spec, recipe, own_head)  # type: ignore[arg-type]
 
 
 def _config(name: str) -> "PretrainedCfg":
@@ -120,11 +125,30 @@ def _weights_file(name: str, weights: str | None, config: "PretrainedCfg") -> Pa
     )
 
 
+def _load_head(
+    backbone: Backbone,
+    name: str,
+    config: "PretrainedCfg",
+    arguments: dict[str, Any],
+    file: Path | None,
+) -> SourceHead:
+    """The classifier that this model was published with, or that the file holds."""
+    layer = config.classifier
+    if not isinstance(layer, str):
+        held = f"{len(layer)} heads ({', '.join(layer)})" if layer else "no head"
+        raise ConfigError(f"head=keep: {name} has {held}; type head=linear for a new one")
+    if file is not None:
+        return head_loader(layer, read_state_dict(file), str(file))(backbone)
+    whole = _build_pretrained(name, config, arguments | {"num_classes": config.num_classes})
+    return head_loader(layer, whole.state_dict(), f"timm's {name}")(backbone)
+
+
 def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """Headless, unless arguments say how many classes."""
     from timm import create_model
 
     try:
-        return create_model(name, num_classes=0, **arguments)
+        return create_model(name, **{"num_classes": 0} | arguments)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if unknown := re.search(r"argument.*'(drop_rate|drop_path_rate)'", str(error)):
             rate = unknown[1]

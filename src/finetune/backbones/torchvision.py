@@ -15,6 +15,7 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from torchvision.ops import StochasticDepth
 
 from finetune.backbones.base import Backbone, Recipe, check_size, split_head
+from finetune.backbones.source_head import head_loader
 from finetune.backbones.weights import align_names, load_weights, looks_like_path, read_state_dict
 from finetune.errors import CheckpointError, ConfigError
 from finetune.network import why_unreachable
@@ -49,18 +50,20 @@ def torchvision(
         source if isinstance(source, WeightsEnum) else members["DEFAULT"], input_size
     )
     net = _build(name, spec.size, initialize=source is None)
-    num_features, _ = split_head(net)
+    num_features, head = split_head(net)
     if input_size is not None:
         check_size(net, spec.size)
+    own_head = None
     if source is not None:
         state = _download(source) if isinstance(source, WeightsEnum) else read_state_dict(source)
         load_weights(net, _fit_positions(net, align_names(state, net.state_dict())), str(source))
+        own_head = head_loader(head, state, str(source))
     if dropout is not None and not set_dropout(net, dropout):
         log.warning("model.dropout=%s has no effect: %s has no dropout", dropout, name)
     if drop_path is not None and not set_drop_path(net, drop_path):
         log.warning("model.drop_path=%s has no effect: %s has no drop-path", drop_path, name)
     recipe: Recipe = {"family": "torchvision", "name": name, "input_size": spec.size}
-    return Backbone(net, num_features, spec, recipe)
+    return Backbone(net, num_features, spec, recipe, own_head)
 
 
 def set_dropout(net: nn.Module, probability: float) -> int:

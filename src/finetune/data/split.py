@@ -203,6 +203,16 @@ def limit_train(splits: Splits, shots: int | None, fraction: float | None, seed:
     return replace(splits, train=images.subset(sorted({*kept})))
 
 
+def stratified(labels: Sequence[int], most: int, seed: int) -> list[int]:
+    """Positions of at most that many, ascending; of each class the same share, at least one."""
+    shares = [
+        (i / len(shuffled), position)
+        for _, shuffled in _shuffled_classes(labels, seed)
+        for i, position in enumerate(shuffled.tolist())
+    ]
+    return sorted(position for _, position in sorted(shares)[:most])
+
+
 def check_splits(splits: Splits) -> None:
     """Raise DataError where training could not work; warn of classes that val does not measure."""
     if len(splits.train) == 0:
