@@ -41,5 +41,6 @@ def digest(state: State) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(state.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(values.numpy().data)
     return found.hexdigest()

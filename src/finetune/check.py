@@ -214,6 +214,8 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("trainer.gradient_clip_val", True, _number(lambda v: v > 0), "a number above 0, or null"),
     ("trainer.log_every_n_steps", False, _whole(1), "a whole number from 1"),
     ("trainer.num_nodes", False, _whole(1), "a whole number from 1"),
+    ("alpha", True, lambda v: v == "auto" or _number(lambda a: 0 <= a <= 1)(v),
+     "a number from 0 to 1, auto, or null"),
     ("split", False, lambda v: v in ("val", "test"), "val or test"),
     ("strict", False, lambda v: isinstance(v, bool), "true or false"),
 ]  # fmt: skip

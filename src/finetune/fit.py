@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import finetune
-from finetune import build, checkpoint, heads, resolve, ridge
+from finetune import averaging, build, checkpoint, heads, resolve, ridge
 from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
@@ -115,16 +115,22 @@ def train_and_test(
     loggers = build.build_loggers(cfg, run, resumed_at)
     trainer = build.build_trainer(cfg, run, parts.budget, callbacks, loggers)
     if record:
+        facts = facts_of(parts, cfg)
+        if start := record.facts.get("model", {}).get("start"):  # of the run that is resumed
+            facts["model"]["start"] = start
         config = OmegaConf.to_container(cfg, resolve=True)
         record.update(
             config=config,
             recipe=resolve.told(parts.choices),
-            **facts_of(parts, cfg),
+            **facts,
             device=device_name(trainer),
         )
 
-    if cfg.head.get("init") == "ridge" and resume_from is None:
-        start_from_ridge(parts, trainer.strategy.root_device, cfg.seed)
+    if resume_from is None:
+        start_head(parts, trainer.strategy.root_device)
+        if record:
+            model = {**record.facts["model"], "start": start_digests(parts.task.model)}
+            record.update(model=model)
     if parts.budget.total_steps > 0:
         trainer.fit(parts.task, parts.datamodule, ckpt_path=resume_from, weights_only=True)
     if best.validated_step != trainer.global_step:  # nothing was trained, or max_steps is 0
@@ -221,6 +227,20 @@ def check_batch(batch_size: int, model: Classifier) -> None:
         )
 
 
+def start_digests(model: Classifier) -> dict[str, str]:
+    """Digests of the weights before the training: runs that share them can be averaged."""
+    return {
+        "backbone": averaging.digest(model.backbone.state_dict()),
+        "head": averaging.digest(model.head.state_dict()),
+    }
+
+
+def start_head(parts: Parts, device: torch.device) -> None:
+    """Give the head the weights that the training starts from, as far as they need the data."""
+    if parts.cfg.head.get("init") == "ridge":
+        start_from_ridge(parts, device, parts.cfg.seed)
+
+
 def start_from_ridge(parts: Parts, device: torch.device, seed: int) -> None:
     """Set the linear head to the ridge solution on the training features, without augmentation.
 
@@ -231,7 +251,7 @@ def start_from_ridge(parts: Parts, device: torch.device, seed: int) -> None:
     assert isinstance(model.head, heads.Linear)  # finetune.check refuses others
     if len(images) > MOST_FOR_RIDGE:
         log.info("head.init=ridge: %d of %d training images", MOST_FOR_RIDGE, len(images))
-        images = images.subset(stratified(images.labels, MOST_FOR_RIDGE, seed))
+        images = images.subset(stratified(images.strata(), MOST_FOR_RIDGE, seed))
     features, labels = extract(model, parts.datamodule.unaugmented(images), device)
     if device.type != "cuda":  # others have no float64
         features, labels = features.cpu(), labels.cpu()
