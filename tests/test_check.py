@@ -150,6 +150,18 @@ def test_a_strategy_is_checked_with_what_is_inside_of_it(overrides, said):
 
 
 @pytest.mark.parametrize(
+    ("option", "override", "said"),
+    [
+        ("schedule=staircase", "schedule.milestones=[0.6,0.3]", "must be shares of the steps"),
+        ("augment=crop", "augment.margin=0.5", "must be a factor on the input size, from 1"),
+    ],
+)
+def test_a_value_of_an_option_that_cannot_work_is_named_once(option, override, said):
+    (found,) = problems(option, override)
+    assert said in found
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("augment.num_ops=0", "augment.num_ops=0: must be a whole number from 1"),
@@ -239,7 +251,8 @@ def test_every_range_belongs_to_a_key_that_some_config_has():
                composed("strategy=gradual_unfreeze"), composed("strategy=head_lr"),
                composed("augment=randaugment", "optimizer=sgd", "schedule=cosine",
                         "model=resnet18"),
-               composed("head=mlp")]  # fmt: skip
+               composed("head=mlp"), composed("schedule=staircase"), composed("augment=crop"),
+               composed("runs=[x]", command="soup")]  # fmt: skip
     missing = object()
     for key, *_ in RANGES:
         assert any(OmegaConf.select(c, key, default=missing) is not missing for c in configs), key

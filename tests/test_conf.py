@@ -24,7 +24,7 @@ LEAVES = [
 DUMMIES = {
     "model.name": "resnet18", "model.path": "logs/run", "model.target": "torch.nn.Linear",
     "data.root": "photos", "data.table": "labels.csv", "data.name": "cifar10",
-    "run": "logs/run", "input": "photo.jpg",
+    "run": "logs/run", "runs": ["logs/run"], "input": "photo.jpg",
 }  # fmt: skip
 
 

@@ -164,3 +164,18 @@ def test_the_order_of_the_first_epoch_is_the_public_one():
     module = datamodule()
     labels = torch.cat([labels for _, labels in module.train_dataloader()]).tolist()
     assert labels == [module.splits.train.labels[i] for i in epoch_order(27, seed=0, epoch=0)]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "epochs", "num_val", "every"),
+    [
+        (45_000, 10, 5000, 1),  # every epoch
+        (100, 250, 269, 10),  # 25 times
+        (250, 125, 3750, 25),  # 5 times: val is large, the training short
+        (1000, 100, 3750, 8),  # half of 100,000 images are 13 times 3,750
+        (100, 3, 100_000, 1),
+    ],
+)
+def test_validation_costs_a_part_of_the_training(num_images, epochs, num_val, every):
+    budget = build.Budget(epochs, 10, None, num_images, num_val)
+    assert budget.validate_every == every

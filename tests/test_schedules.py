@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from finetune.schedules import constant, cosine, linear, one_cycle
+from finetune.schedules import constant, cosine, linear, one_cycle, staircase
 
 SCHEDULES = [constant, cosine, linear]
 
@@ -73,3 +73,30 @@ def test_one_cycle_without_warm_up_falls_from_the_base_lr(total):
     assert factors[0] == 1.0
     assert factors[-1] == pytest.approx(0.1)
     assert factors == sorted(factors, reverse=True)
+
+
+def published_lr(step, supports, base_lr):
+    """get_lr of github.com/google-research/big_transfer, bit_hyperrule.py (Apache 2.0)."""
+    if step < supports[0]:
+        return base_lr * step / supports[0]
+    for support in supports[1:]:
+        if support < step:
+            base_lr /= 10
+    return base_lr
+
+
+@pytest.mark.parametrize(
+    "supports",
+    [
+        (100, 200, 300, 400, 500),
+        (500, 3000, 6000, 9000, 10_000),
+        (500, 6000, 12_000, 18_000, 20_000),
+    ],
+)
+def test_staircase_is_that_of_bit(supports):
+    warmup, *milestones, total = supports
+    shares = [milestone / total for milestone in milestones]
+    for step in range(0, total, 7):
+        expected = published_lr(step, [warmup, *milestones], 1.0)
+        actual = staircase(step, total, warmup=warmup / total, milestones=shares)
+        assert actual == pytest.approx(expected, rel=1e-9)

@@ -116,3 +116,16 @@ def test_randaugment_changes_more_with_more_operations_and_magnitude():
 
     assert change(1, 1) < change(1, 9) < change(1, 30)
     assert change(1, 9) < change(3, 9)
+
+
+def test_crop_is_a_part_of_the_whole_image_squashed():
+    image = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
+    spec = InputSpec(16, 16)
+    square = transforms.evaluation(InputSpec(20, 20))(image)
+    crops = [
+        transforms.seeded(transforms.crop(spec, margin=1.25, flip=False), image, seed)
+        for seed in range(20)
+    ]
+    windows = [square[:, top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
+    assert all(any(torch.equal(crop, window) for window in windows) for crop in crops)
+    assert len({crop.sum().item() for crop in crops}) > 3

@@ -34,7 +34,7 @@ from finetune.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
-MOST_VALIDATIONS = 25
+MOST_VALIDATIONS, LEAST_VALIDATIONS = 25, 5
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Budget:
     epochs: int
     steps_per_epoch: int
     max_steps: int | None
+    num_images: int = 0  # for training
+    num_val: int = 0
 
     @property
     def total_steps(self) -> int:
@@ -58,8 +60,13 @@ class Budget:
 
     @property
     def validate_every(self) -> int:
-        """Epochs from one validation to the next: all of them cost time on a few images."""
-        return math.ceil(self.epochs / MOST_VALIDATIONS)
+        """Epochs from one validation to the next, which should cost a part of the training alone.
+
+        25 of them at most, or 5 where val is large: it sees as many images as half of the training.
+        """
+        affordable = self.num_images * self.epochs // (2 * max(1, self.num_val))
+        validations = min(MOST_VALIDATIONS, max(LEAST_VALIDATIONS, affordable))
+        return math.ceil(self.epochs / validations)
 
 
 def make(node: Any) -> Any:
@@ -132,13 +139,13 @@ def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> Data
     )
 
 
-def build_budget(cfg: DictConfig, num_images: int) -> Budget:
+def build_budget(cfg: DictConfig, num_images: int, num_val: int = 0) -> Budget:
     """epochs; where they are null, as many as max_steps needs."""
     global_batch = cfg.batch_size * num_devices(cfg)
     batches = len(batch_bounds(num_images, global_batch, smallest=2 * num_devices(cfg)))
     steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches)
     epochs = max(1, math.ceil(cfg.max_steps / steps)) if cfg.epochs is None else cfg.epochs
-    return Budget(epochs, steps, cfg.max_steps)
+    return Budget(epochs, steps, cfg.max_steps, num_images, num_val)
 
 
 def build_strategy(cfg: DictConfig, depth: int, epochs: int) -> Strategy:

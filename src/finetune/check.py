@@ -16,8 +16,7 @@ from finetune.errors import ConfigError
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
 # null in conf/, and filled by a recipe before anything is called
 OPEN = (
-    "optimizer.lr", "optimizer.weight_decay", "schedule.warmup", "schedule.milestones",
-    "augment.margin", "trainer.accumulate_grad_batches",
+    "optimizer.lr", "optimizer.weight_decay", "schedule.warmup", "trainer.accumulate_grad_batches",
 )  # fmt: skip
 # taken out by build before the dataset is called
 COMMON_DATA_KEYS = ("shots", "fraction", "classes", "balance")
@@ -204,9 +203,12 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("optimizer.weight_decay", True, FROM_0, "a number from 0, or null"),
     ("schedule.warmup", True, BELOW_1, "a share of the steps, from 0, below 1, or null"),
     ("schedule.start", False, SHARE, "a share of the base lr: from 0 to 1"),
+    ("schedule.milestones", False, lambda v: [*v] == sorted(v) and all(map(SHARE, v)),
+     "shares of the steps that grow, from 0 to 1"),
     ("schedule.final", False, SHARE, "a share of the base lr: from 0 to 1"),
     ("augment.scale", True, lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
      "two shares of the area, 0 < least <= most <= 1"),
+    ("augment.margin", False, _number(lambda v: v >= 1), "a factor on the input size, from 1"),
     ("augment.num_ops", False, _whole(1), "a whole number from 1"),
     ("augment.magnitude", False, lambda v: _whole(0)(v) and v <= 30, "a whole number from 0 to 30"),
     ("augment.erase", False, SHARE, "a probability, from 0 to 1"),

@@ -189,7 +189,7 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
     for choice in choices:
         log.info("recipe: %s=%s (%s)", choice.key, choice.value, choice.why)
     resolve.fill(cfg, none(data, facts))
-    budget = build.build_budget(cfg, len(splits.train))
+    budget = build.build_budget(cfg, len(splits.train), len(splits.val or ()))
     task = build.build_task(cfg, model, budget, splits.train)
     if cfg.data.get("balance") is None and not task.multilabel:
         warn_of_imbalance(label_counts(splits.train.labels, len(model.classes)), model.classes)

@@ -1,6 +1,7 @@
 """lr schedules: pure functions of the progress of a run, so that a resume needs no state."""
 
 import math
+from collections.abc import Sequence
 
 
 def warm_up(step: int, warmup_steps: int) -> float:
@@ -59,3 +60,17 @@ def one_cycle(
 
 def _half_cosine(first: float, last: float, share: float) -> float:
     return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def staircase(
+    step: int, total: int, warmup: float = 0.1, milestones: Sequence[float] = (0.3, 0.6, 0.9)
+) -> float:
+    """Factor on the lr: from 0 up to 1.0, then a tenth of it after each milestone.
+
+    step: from 0. total: steps of the whole run. warmup, milestones: shares of total, in [0, 1).
+    Source: Kolesnikov et al. 2020, Big Transfer, get_lr of its bit_hyperrule.py.
+    """
+    warmup_steps = round(warmup * total)
+    if step < warmup_steps:
+        return step / warmup_steps
+    return 0.1 ** sum(round(milestone * total) < step for milestone in milestones)

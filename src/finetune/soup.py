@@ -56,7 +56,8 @@ def soup(cfg: DictConfig) -> None:
     saved = [saved_model(run, cfg.model.target)[0] for run in runs]
     facts = [Record.read(run).facts for run in runs]
     refuse_strangers(runs, saved, facts)
-    output = Path(cfg.output or f"logs/soup/{datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
+    name = f"logs/soup/{datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
+    output = Path(name if cfg.output is None else str(cfg.output))
     if (output / "run.json").exists():
         raise taken(output)
 

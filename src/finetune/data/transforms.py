@@ -31,6 +31,23 @@ def none(spec: InputSpec) -> Transform:
     return evaluation(spec)
 
 
+def crop(spec: InputSpec, margin: float = 1.25, flip: bool = True) -> Transform:
+    """Squashed to a square, a crop of it at random, and flip.
+
+    margin: side of the square, of spec.size. flip: as in light.
+    Source: Kolesnikov et al. 2020, Big Transfer: 160 to 128, or 512 to 480 pixels.
+    """
+    side = round(margin * spec.size)
+    mode = InterpolationMode(spec.interpolation)
+    return v2.Compose(
+        [
+            v2.Resize((side, side), mode, antialias=True),
+            v2.RandomCrop(spec.size),
+            *([v2.RandomHorizontalFlip()] if flip else []),
+        ]
+    )
+
+
 def light(spec: InputSpec, scale: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> Transform:
     """Random resized crop and flip.
 
