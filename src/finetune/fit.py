@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import finetune
-from finetune import build, checkpoint
+from finetune import build, checkpoint, layer_table
 from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
@@ -153,6 +153,9 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
     task.freeze_what_never_trains()
     counts = (f"{name} {len(images)}" for name, images in named_splits(splits).items())
     log.info("data: %s, %d classes", ", ".join(counts), len(splits.classes))
+    build.warn_of_no_effect(task.strategy_, model.depth, task.epochs)
+    rows = layer_table.layer_facts(model.backbone.net, model.head, task.strategy_, task.epochs)
+    log.info("%s", layer_table.text(layer_table.compact(rows)))
     log.info("{:,} of {:,} parameters train".format(*parameter_counts(model)))
     log.info(
         "%d steps: %d epochs of %d, validated every %s",
