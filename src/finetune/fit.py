@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import finetune
-from finetune import averaging, build, checkpoint, heads, resolve, ridge
+from finetune import averaging, build, checkpoint, heads, layer_table, resolve, ridge
 from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
@@ -198,6 +198,9 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
     check_batch(cfg.batch_size, model)
     counts = (f"{name} {len(images)}" for name, images in named_splits(splits).items())
     log.info("data: %s, %d classes", ", ".join(counts), len(splits.classes))
+    build.warn_of_no_effect(task.strategy_, model.depth, task.epochs)
+    rows = layer_table.layer_facts(model.backbone.net, model.head, task.strategy_, task.epochs)
+    log.info("%s", layer_table.text(layer_table.compact(rows)))
     log.info("{:,} of {:,} parameters train".format(*parameter_counts(model)))
     log.info(
         "%d steps: %d epochs of %d, validated every %s",

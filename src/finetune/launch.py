@@ -35,6 +35,8 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], why_model: str
                 "type hydra.run.dir=logs/NAME"
             )
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        if rank > 0:
+            logging.getLogger().setLevel(logging.ERROR)  # one rank tells what all of them do
         fit(cfg, run_dir, overrides, why_model, rank)
     elif devices == 1:
         fit(cfg, run_dir, overrides, why_model)
