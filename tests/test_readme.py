@@ -136,6 +136,8 @@ def downloads(monkeypatch, tmp_path):
         file.write_bytes(pickle.dumps(content | {"data": noise}))  # a network can train on it
 
 
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 MY_PACKAGE = """
 from torch import nn
 
@@ -157,6 +159,10 @@ def reader(command, downloads, trained, monkeypatch, tmp_path):
     rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in photos]
     assert "path,label" in SPANS
     (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}|cat" for path in photos]
+    (tmp_path / "tags.csv").write_text("\n".join(["path,label", *rows]))
+    for name in CIFAR10:
+        shutil.copytree(photos[0].parent, tmp_path / "cifar10" / "train" / name)
     shutil.copytree(photos[0].parent, tmp_path / "FOLDER")
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "photo.jpg")
     shutil.copytree(trained, tmp_path / "RUN")

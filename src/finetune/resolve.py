@@ -43,6 +43,7 @@ def model_facts(cfg: DictConfig, model: Classifier) -> ModelFacts:
         kind=kind_of(model.backbone.net),
         pretrained="weights" not in cfg.model or cfg.model.weights is not None,
         num_parameters=model.backbone.num_parameters,
+        linear_head=_class_name(cfg.head) == "linear",
         probe=_class_name(cfg.strategy) == "linearprobe",
         optimizer=_class_name(cfg.optimizer),
     )
