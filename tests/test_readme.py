@@ -49,7 +49,7 @@ RUN_FILES = [
     if row.startswith("| `")
 ]
 
-OPTION = r"[a-z][\w.]*=(?!True|False)[^\s,;]+"
+OPTION = r"[a-z][\w.@]*=(?!True|False)[^\s,;]+"
 GROUPS = [span for span in SPANS if re.fullmatch(rf"{OPTION}( {OPTION})*", span)]
 KEYS = [span for span in SPANS if re.fullmatch(r"[a-z][\w.]*=", span)]
 CALLS = [span for span in SPANS if re.fullmatch(r"\w+\([\w, ]*\)", span)]
