@@ -169,3 +169,41 @@ def train(tmp_path):
         return folder
 
     return run
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in all of a nested structure, tensors bit for bit."""
+    import torch  # late: not every test needs it
+
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_end(run: Path, uninterrupted: Path) -> None:
+    """Weights, momentum, counters, curves and results: all that a run leaves, but the clock."""
+    from finetune import checkpoint
+
+    best, expected = (
+        checkpoint.load(run / "checkpoints/best.ckpt"),
+        checkpoint.load(uninterrupted / "checkpoints/best.ckpt"),
+    )
+    assert same(best, expected)
+    ours, theirs = checkpoint.step_paths(run)[0], checkpoint.step_paths(uninterrupted)[0]
+    assert ours.name == theirs.name
+    last, expected = checkpoint.load(ours), checkpoint.load(theirs)
+    for key in ("state_dict", "optimizer_states", "global_step", "epoch"):
+        assert same(last[key], expected[key]), key
+    rows, theirs = (
+        sorted(row for row in metrics_of(folder) if not row[1].startswith("time/"))
+        for folder in (run, uninterrupted)
+    )
+    assert rows == theirs
+    mine, other = facts_of(run), facts_of(uninterrupted)
+    for key in ("status", "best", "val", "test", "data", "model", "per_class_accuracy"):
+        assert mine[key] == other[key], key
+    assert mine["status"] == "finished"

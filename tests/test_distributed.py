@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import same
 from finetune import cli, evaluate
 from finetune.overrides import CONF
+from test_frozen import CASES
 
 pytestmark = pytest.mark.ddp
 
@@ -136,6 +139,47 @@ def test_ranks_mix_differently_and_end_with_equal_weights_and_averages(tmp_path,
     weights = [[float(t.max(1).values.min()) for t in of] for of in (targets, other_targets)]
     differ = [mine != other for mine, other in zip(*weights, strict=True)]
     assert sum(differ) > 20  # some boxes are of one area
+
+
+# every strategy in one pair of processes: to start them takes longer than the training
+FROZEN = """
+import os, pathlib, torch
+from test_frozen import CASES, Watch, fit, layer_of
+
+for number, case in enumerate(CASES):
+    watch = Watch()
+    task = fit((*case, "epochs=2", "trainer=ddp_cpu"), pathlib.Path.cwd(), watch)
+    layers = range(task.model.depth + 1)
+    never = {l for l in layers if not any(task.lr_scale(l, epoch) for epoch in range(2))}
+    frozen = [name for name in watch.states[0] if layer_of(task, name) in never]
+    path = f"case{number}-rank{task.global_rank}.pt"
+    torch.save({"start": watch.states[0], "end": watch.states[-1], "frozen": frozen}, path)
+"""
+
+
+@pytest.mark.slow
+def test_under_every_strategy_both_ranks_end_equal_and_frozen_layers_as_they_were(tmp_path):
+    (tmp_path / "frozen.py").write_text(FROZEN)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = [str(ROOT / "src"), str(ROOT / "tests")]
+    done = subprocess.run(
+        [sys.executable, *launcher, "frozen.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for number, case in enumerate(CASES):
+        first, second = (
+            torch.load(tmp_path / f"case{number}-rank{rank}.pt", weights_only=True)
+            for rank in (0, 1)
+        )
+        assert same(first, second), case
+        for name in first["frozen"]:
+            assert torch.equal(first["start"][name], first["end"][name]), (case, name)
+        assert bool(first["frozen"]) == any(
+            word in " ".join(case) for word in ("linear_probe", "freeze_until", "gradual")
+        )
+        assert not torch.equal(first["start"]["head.weight"], first["end"]["head.weight"])
 
 
 # a disk slower than the other rank

@@ -3,9 +3,8 @@
 import signal
 
 import pytest
-import torch
 
-from conftest import SMALL, facts_of, finish, metrics_of
+from conftest import SMALL, assert_same_end, facts_of, finish
 from finetune import checkpoint
 from finetune.callbacks import StepCheckpoints
 from finetune.tasks.classification import Classification

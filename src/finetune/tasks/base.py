@@ -119,6 +119,9 @@ class Task(L.LightningModule):
         """Put frozen layers in eval mode: their BatchNorm keeps the pretrained statistics."""
         self._mode_epoch = epoch
         self._frozen_for_now = []
+        # first what holds the layers: it may drop out too
+        trains_any = any(self.lr_scale(layer, epoch) > 0 for layer in range(self.model.depth))
+        self.model.backbone.train(trains_any)
         layers = zip(self.model.modules_by_layer(), self.model.parameters_by_layer(), strict=True)
         for layer, (modules, parameters) in enumerate(layers):
             trains = self.lr_scale(layer, epoch) > 0
