@@ -198,6 +198,7 @@ def assert_same_end(run: Path, uninterrupted: Path) -> None:
     last, expected = checkpoint.load(ours), checkpoint.load(theirs)
     for key in ("state_dict", "optimizer_states", "global_step", "epoch"):
         assert same(last[key], expected[key]), key
+    assert same(last["callbacks"].get("EMA"), expected["callbacks"].get("EMA"))
     rows, theirs = (
         sorted(row for row in metrics_of(folder) if not row[1].startswith("time/"))
         for folder in (run, uninterrupted)

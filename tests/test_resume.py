@@ -52,41 +52,6 @@ def newest(run):
     return path, path.read_bytes()
 
 
-def same(a, b):
-    """Equal in all of a nested structure, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_end(run, uninterrupted):
-    """Weights, momentum, counters, curves and results: all that a run leaves, but the clock."""
-    best, expected = (
-        checkpoint.load(run / "checkpoints/best.ckpt"),
-        checkpoint.load(uninterrupted / "checkpoints/best.ckpt"),
-    )
-    assert same(best, expected)
-    ours, theirs = checkpoint.step_paths(run)[0], checkpoint.step_paths(uninterrupted)[0]
-    assert ours.name == theirs.name
-    last, expected = checkpoint.load(ours), checkpoint.load(theirs)
-    for key in ("state_dict", "optimizer_states", "global_step", "epoch"):
-        assert same(last[key], expected[key]), key
-    assert same(last["callbacks"].get("EMA"), expected["callbacks"].get("EMA"))
-    rows, theirs = (
-        sorted(row for row in metrics_of(folder) if not row[1].startswith("time/"))
-        for folder in (run, uninterrupted)
-    )
-    assert rows == theirs
-    mine, other = facts_of(run), facts_of(uninterrupted)
-    for key in ("status", "best", "val", "test", "data", "model", "per_class_accuracy"):
-        assert mine[key] == other[key], key
-    assert mine["status"] == "finished"
-
-
 def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_path, at_step, whole):
     run = tmp_path / "run"
     arguments = [*RUN, "hydra.run.dir=run"]

@@ -43,7 +43,7 @@ def saved_model(run: Path, target: str | None) -> tuple[Checkpoint, Classifier]:
         )
     saved = checkpoint.read(path)
     backbone = rebuild(saved, path, target)
-    head = heads.rebuild(saved.head, backbone.num_features, len(saved.classes))
+    head = heads.rebuild(saved.head, backbone.num_features, len(saved.classes), str(path))
     model = Classifier(backbone, saved.classes, head)
     try:
         model.load_state_dict(saved.state_dict)
