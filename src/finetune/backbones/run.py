@@ -1,5 +1,6 @@
 """The backbone of an earlier run: what was learnt there is the pretraining here."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from finetune.backbones.base import Backbone
 from finetune.checkpoint import Checkpoint
 from finetune.errors import CheckpointError, ConfigError
 
+log = logging.getLogger(__name__)
+
 
 def run(path: str, input_size: int | None = None, target: str | None = None) -> Backbone:
     """Take the best backbone of the run directory path; its head stays behind.
@@ -16,12 +19,8 @@ def run(path: str, input_size: int | None = None, target: str | None = None) -> 
     input_size: pixels; None for that of the run. target: dotted path of the class, if the run was
     one of model=module.
     """
+    check(path)
     best = checkpoint.best_path(Path(path))
-    if not best.is_file():
-        raise CheckpointError(
-            f"model.path={path} is no run directory with weights: {best} is missing. Give the "
-            "folder that train.py named at the end"
-        )
     saved = checkpoint.read(best)
     backbone = rebuild(saved, best, target, input_size)
     names = [name for name in saved.state_dict if name.startswith("backbone.")]
@@ -36,6 +35,16 @@ def run(path: str, input_size: int | None = None, target: str | None = None) -> 
             ) from error
         raise misfit(best, saved, error) from error
     return backbone
+
+
+def check(path: str, input_size: int | None = None, target: str | None = None) -> None:
+    """Raise CheckpointError if path is no run directory with weights."""
+    best = checkpoint.best_path(Path(path))
+    if not best.is_file():
+        raise CheckpointError(
+            f"model.path={path} is no run directory with weights: {best} is missing. Give the "
+            "folder that train.py named at the end"
+        )
 
 
 def rebuild(
@@ -57,6 +66,8 @@ def rebuild(
                 f"never run unasked; type model.target={recipe.get('target')}"
             )
         recipe["target"] = target
+    elif target is not None:
+        log.warning("model.target=%s has no effect: %s holds a %s backbone", target, path, family)
     try:
         size = {} if input_size is None else {"input_size": input_size}
         backbone = FAMILIES[family](**recipe | size, weights=None)

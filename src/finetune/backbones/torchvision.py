@@ -13,7 +13,13 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights, list_m
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from finetune.backbones.base import Backbone, Recipe, check_size, split_head
-from finetune.backbones.weights import align_names, load_weights, looks_like_path, read_state_dict
+from finetune.backbones.weights import (
+    align_names,
+    existing_file,
+    load_weights,
+    looks_like_path,
+    read_state_dict,
+)
 from finetune.errors import CheckpointError, ConfigError
 from finetune.network import why_unreachable
 from finetune.specs import InputSpec
@@ -29,12 +35,7 @@ def torchvision(
     evaluation then resizes to it without a crop margin, and the position embeddings of a ViT are
     interpolated.
     """
-    if name not in (names := list_models(module=models)):
-        close = get_close_matches(name, names, n=5, cutoff=0.5)
-        raise ConfigError(
-            f"model.name: no torchvision classifier '{name}'; "
-            f"{'close: ' if close else 'there are '}{', '.join(close or names)}"
-        )
+    check(name, weights)
     members = get_model_weights(name)
     source = _source(name, weights, members)
     spec = _input_spec(
@@ -51,6 +52,17 @@ def torchvision(
     return Backbone(net, num_features, spec, recipe)
 
 
+def check(name: str, weights: str | None = "DEFAULT", input_size: int | None = None) -> None:
+    """Raise ConfigError or CheckpointError for a name, weights or a file that there are not."""
+    if name not in (names := list_models(module=models)):
+        close = get_close_matches(name, names, n=5, cutoff=0.5)
+        raise ConfigError(
+            f"model.name: no torchvision classifier '{name}'; "
+            f"{'close: ' if close else 'there are '}{', '.join(close or names)}"
+        )
+    _source(name, weights, get_model_weights(name))
+
+
 def _source(
     name: str, weights: str | None, members: type[WeightsEnum]
 ) -> WeightsEnum | Path | None:
@@ -58,9 +70,8 @@ def _source(
         return None
     if weights in members.__members__:
         return members[weights]
-    file = Path(weights).expanduser()
-    if file.is_file() or looks_like_path(weights):
-        return file
+    if Path(weights).expanduser().is_file() or looks_like_path(weights):
+        return existing_file(weights)
     raise ConfigError(
         f"model.weights: {name} has no weights '{weights}'; "
         f"choose {', '.join(members.__members__)}, null, or a file"
