@@ -8,7 +8,7 @@ BIN = .venv/bin
 INSTALLED = .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-locked setup-cpu venv train test test-all check format lock clean
+.PHONY: help setup setup-locked setup-cpu venv same-python train test test-all check format lock clean
 
 help:
 	@echo 'make train      train; overrides in ARGS: make train ARGS="model=resnet50 data=cifar10"'
@@ -29,7 +29,7 @@ setup: $(INSTALLED)
 
 # setuptools comes first, from the lock too: with it the one package that has no wheel
 # (antlr4-python3-runtime, of hydra) is built without a download that no hash covers.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock pyproject.toml | same-python
 	@$(MAKE) --no-print-directory $$(if [ -e .venv/cpu ]; then echo setup-cpu; else echo setup-locked; fi)
 
 setup-locked: venv
@@ -53,7 +53,18 @@ setup-cpu: venv
 	$(UV) pip install --python .venv --torch-backend=cpu --no-verify-hashes -c requirements.lock -e '.[dev]'
 	@touch $(INSTALLED)
 
-venv:
+# A PYTHON that was typed must not be passed over because .venv is there already.
+same-python:
+ifeq ($(origin PYTHON),command line)
+	@[ ! -x $(BIN)/python ] || { \
+	  version='import sys; print("%d.%d" % sys.version_info[:2])'; \
+	  here=$$($(BIN)/python -c "$$version"); asked=$$($(PYTHON) -c "$$version") || exit 1; \
+	  [ "$$here" = "$$asked" ] || { \
+	    echo ".venv has Python $$here, and PYTHON=$(PYTHON) is $$asked; to make it anew: rm -rf .venv" >&2; \
+	    exit 1; }; }
+endif
+
+venv: same-python
 	@[ -x $(BIN)/pip ] || $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo '$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: make setup PYTHON=python3.13' >&2; exit 1; }
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv --clear .venv

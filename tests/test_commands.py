@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,50 @@ def test_predict_takes_one_file_and_a_folder_as_output(command, trained, photos)
     done = command("predict", f"run={trained}", "input=in/a.png", "output=in")
     assert done.code == 0, done.err
     assert len(rows_of(photos / "predictions.csv")) == 1
+
+
+def test_an_output_that_ends_in_a_slash_is_a_folder(command, trained, tmp_path, photos):
+    done = command("predict", f"run={trained}", "input=in/a.png", "output=new/folder/")
+    assert done.code == 0, done.err
+    assert [row["path"] for row in rows_of(tmp_path / "new/folder/predictions.csv")] == ["in/a.png"]
+
+
+NETS = """
+from torch import nn
+
+class Mine(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9))
+"""
+
+
+def test_what_the_message_says_for_a_class_of_ones_own_can_be_typed(
+    command, tmp_path, trained, photos, monkeypatch
+):
+    (tmp_path / "my_own_nets.py").write_text(NETS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = [o for o in SMALL if not o.startswith("model")]
+    done = command(
+        "train", *arguments, "model=module", "model.target=my_own_nets.Mine", "model.input_size=8",
+        "max_steps=0", "logger=csv", "hydra.run.dir=run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    for name in (
+        ["evaluate", "run=run", "trainer.accelerator=cpu"],
+        ["predict", "run=run", "input=in"],
+    ):
+        refused = command(*name)
+        assert refused.code == 1
+        typed = re.search(r"type (\S+)", refused.err)[1]
+        done = command(*name, typed)
+        assert done.code == 0, done.err
+        assert "has no effect" not in done.out
+
+
+def test_a_class_of_ones_own_for_a_run_without_one_warns(command, trained, photos):
+    done = command("predict", f"run={trained}", "input=in/a.png", "model.target=foo.Bar")
+    assert done.code == 0, done.err
+    assert "warning: model.target=foo.Bar has no effect" in done.out
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -184,7 +184,7 @@ def test_without_a_limit_train_is_the_same():
         (-3, None, "data.shots=-3"),
         (None, 0.0, "data.fraction=0: above 0 and at most 1"),
         (None, 1.5, "data.fraction=1.5"),
-        (10, 0.1, "data.shots=10 and data.fraction=0.1 both limit train; set one of them to null"),
+        (10, 0.1, "data.shots=10 and data.fraction=0.1 both limit train; type data.shots=null too"),
     ],
 )
 def test_limits_out_of_range_are_refused(shots, fraction, message):

@@ -1,6 +1,7 @@
 """A user's mistake is one message that says what to do, exit code 1, and no traceback."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,14 @@ def refused(command):
         (["monitor=val/acc"], "monitor=val/acc: must be one of val/accuracy"),
         (["data=image_folder"], "data.root has no value; type data.root=..."),
         (["trainer.accelerator=cpu", f"trainer.devices={usable_cores() + 1}"], "CPU cores here"),
+        (["data.fraction=0.1"], "both limit train; type data.shots=null too"),
+        (["model=run", "model.path=nowhere"], "model.path=nowhere is no run directory"),
+        (["resume="], "resume= has no value (a shell variable that is not set?)"),
+        (["resume=5"], "5: no such run directory"),
+        (["optimizer=null"], "one must be chosen"),
+        (["model.weights=${nowhere}"], "nowhere"),
+        (["-m", "--cfg", "job"], "--multirun and --cfg do not go together"),
+        (["--cfg", "job", "epcoh=3"], "epcoh: no such key; close: epochs"),
         (["--config-name", "x"], "see --help"),
         (["--hydra.run.dir=x"], "--hydra.run.dir=x: not understood"),
     ],
@@ -57,7 +66,6 @@ def test_what_was_typed_cannot_work(refused, tmp_path, arguments, said):
         (["data=image_folder", "data.root=empty"], "expected <root>/"),
         (["data=csv", "data.table=none.csv"], "none.csv"),
         (["data=fake", "data.num_images=3"], "5 images of each"),
-        (["data=fake", "data.shots=1", "data.fraction=0.5"], "set one of them to null"),
     ],
 )
 def test_data_that_is_not_there(refused, tmp_path, overrides, said):
@@ -66,6 +74,73 @@ def test_data_that_is_not_there(refused, tmp_path, overrides, said):
     facts = facts_of(tmp_path / "run")
     assert facts["status"] == "failed"
     assert said in facts["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("evaluate", ["run=5"], "5: no such run directory"),
+        ("evaluate", ["run=null"], "run=null: must be a path"),
+        ("evaluate", ["run=x", "-m"], "finetune.evaluate takes one run at a time"),
+        ("predict", ["run=5", "input=5", "output=5"], "5: no such run directory"),
+        (
+            "predict",
+            ["run=x", "input=y", "accelerator=gup"],
+            "accelerator=gup: must be auto",
+        ),
+    ],
+)
+def test_what_was_typed_for_a_run_cannot_work(refused, name, arguments, said):
+    assert said in refused(name, *arguments)
+
+
+def test_a_sweep_does_not_overwrite_what_the_runs_there_were_started_with(refused, tmp_path):
+    run = tmp_path / "sweep" / "1"
+    (run / ".hydra").mkdir(parents=True)
+    (run / "run.json").touch()
+    (run / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
+    message = refused("train", "-m", *SMALL, "seed=5,6", "hydra.sweep.dir=sweep")
+    assert "sweep/1 already holds a run. To go on with it, type resume=sweep/1; " in message
+    assert "in a sweep hydra.sweep.dir" in message
+    assert (run / ".hydra" / "overrides.yaml").read_text() == "- seed=1\n"
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["1"]
+
+
+def test_a_sweep_directory_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refused("train", "-m", *SMALL, "seed=5,6", "hydra.sweep.dir=file/sweep")
+    assert "hydra.sweep.dir: " in message
+    assert "cannot be written: Not a directory" in message
+
+
+def test_a_key_that_the_data_of_the_run_lack(refused, trained):
+    message = refused("evaluate", f"run={trained}", "data.table=labels.csv")
+    assert "data.table: the run has data=image_folder, which has no such key" in message
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("epochs=5", "epochs: the run has 3, not 5"),
+        ("epcohs=5", "epcohs: no such key; close: epochs"),
+        ("epochs=-1", "epochs=-1: must be a whole number from 1"),
+    ],
+)
+def test_a_finished_run_is_not_trained_longer(refused, tmp_path, trained, typed, said):
+    run = shutil.copytree(trained, tmp_path / "my run")
+    message = refused("train", f"resume={run}", typed)
+    assert said in message
+    if typed == "epochs=5":
+        assert "is finished already" in message
+        assert f"model=run \"model.path='{run}'\"" in message
+    assert facts_of(run) == facts_of(trained)
+
+
+def test_a_finished_run_with_the_same_values_is_done(command, tmp_path, trained):
+    run = shutil.copytree(trained, tmp_path / "run")
+    done = command("train", f"resume={run}", "epochs=3", "num_workers=1")
+    assert (done.code, done.err) == (0, "")
+    assert "is finished already; nothing to do" in done.out
 
 
 def test_one_class_only(refused, tmp_path):
@@ -136,6 +211,18 @@ def test_an_output_that_cannot_be_written(refused, tmp_path, trained):
     assert "output: file/p.csv cannot be written" in message
     message = refused("evaluate", f"run={trained}", "output=file", "trainer.accelerator=cpu")
     assert "output: file/metrics.json cannot be written" in message
+
+
+def test_an_output_is_tried_before_the_work_is_done(refused, tmp_path, trained, monkeypatch):
+    def work(*arguments, **options):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("finetune.build.build_splits", work)
+    monkeypatch.setattr("torch.utils.data.DataLoader", work)
+    (tmp_path / "file").write_text("")
+    photos = trained.parent / "photos"
+    refused("predict", f"run={trained}", f"input={photos}", "output=file/p.csv")
+    refused("evaluate", f"run={trained}", "output=file", "trainer.accelerator=cpu")
 
 
 def test_a_run_directory_that_cannot_be_written(refused, tmp_path):

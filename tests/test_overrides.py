@@ -5,9 +5,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
 
 from finetune.errors import CheckpointError, ConfigError
-from finetune.overrides import compose_jobs, quoted, signs_quoted, value_of, with_recorded
+from finetune.overrides import (
+    CONF,
+    compose_jobs,
+    compose_run,
+    prepared,
+    signs_quoted,
+    value_of,
+    with_recorded,
+)
+from finetune.typed import quoted
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,10 +51,81 @@ def refused(*arguments, command="train"):
         ("epochs=[1", "not of the form key=value"),
         ("resume=Übung", "quoted: \"resume='Übung'\""),
         ("epochs=1,2", "epochs: several values are a sweep; add -m"),
+        ("=5", "=5: no key before the ="),
+        ("data.name=a=b", "must be quoted: \"data.name='a=b'\""),
+        ("data.name=it's", "must be quoted: \"data.name='it\\'s'\""),
+        ("data.name=a(b", "must be quoted: \"data.name='a(b'\""),
+        ("hydra.run.dir=a,b", "add -m; or, if it is one value: \"hydra.run.dir='a,b'\""),
+        ("resume=a,b", "resume=a,b: one value only; if it is one: \"resume='a,b'\""),
+        ("optimizer.lr=interval(0.1,1)", "a sweep needs its values; type -m optimizer.lr=0.1,"),
+        ("hydra.rum.dir=x", "hydra.rum.dir: no such key; close: hydra.run.dir"),
+        (
+            "optimizer=null",
+            "optimizer=null: one must be chosen; there are: adamw, adamw",
+        ),
+        ("model=null", "model=null: one must be chosen; there are: "),
+        ("~optimizer", "~optimizer: one must be chosen; type optimizer=NAME, one of adamw,"),
+        ("~optimizer.lr", "~optimizer.lr: no key can be taken out; type optimizer.lr=VALUE"),
+        ("~epochs", "~epochs: no key can be taken out; type epochs=VALUE"),
+        ("~epocs", "epocs: no such key; close: epochs"),
+        ("checkpoint=5", "checkpoint=5: checkpoint holds keys; type checkpoint.every_n_steps="),
+        ("checkpoint=null", "checkpoint holds keys"),
+        ("checkpoint={every:5}", "checkpoint.every: no such key; close: "),
+        ("+epcohs=3", "epcohs: no such key; close: epochs"),
+        ("++epcohs=3", "epcohs: no such key; close: epochs"),
+        ("+checkpoint.every=3", "checkpoint.every: no such key"),
+        ("+epochs=3", "+epochs=3: epochs is there already; type epochs=3"),
+        ("+experiment=letters", "experiment is chosen already; type experiment=letters"),
+        *(
+            (f"{key}=", f"{key}= has no value (a shell variable that is not set?)")
+            for key in ("resume", "model.weights", "hydra.run.dir")
+        ),
     ],
 )
 def test_a_mistake_is_named_with_what_is_close(argument, said):
-    assert said in refused(argument)
+    message = refused(argument)
+    assert said in message
+    assert "mistakes" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-m", "--cfg", "job"], "--multirun and --cfg do not go together"),
+        (["--resolve"], "--resolve goes with --cfg job"),
+        (["-m", "resume=a,b"], "resume= goes on with one run; leave out -m"),
+        (["-m", "optimizer=null,sgd"], "optimizer=null: one must be chosen"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
+        (["data=image_folder", "data.root="], "data.root= has no value"),
+        (["model=run", "model.path="], "model.path= has no value"),
+        (["data=csv", "data.table=a b,c"], "one value: \"data.table='a b,c'\""),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, said):
+    assert said in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("model=tiny", "finetune.evaluate takes the model of the run; there are: model.target"),
+        ("+model=tiny", "finetune.evaluate takes the model of the run; there are: model.target"),
+        ("optimizer=sgd", "finetune.evaluate takes the optimizer of the run"),
+        ("data=fake", "there are: data.root, data.table"),
+        ("+trainer.profiler=simple", "trainer.profiler: no such key"),
+        ("target=my.Net", "target: no such key; close: model.target"),
+        ("run=", "run= has no value"),
+        ("output=a,b", "output=a,b: one value only"),
+        ("-m", "takes one run at a time"),
+    ],
+)
+def test_evaluate_chooses_nothing_that_the_run_chose(argument, said):
+    assert said in refused(argument, command="evaluate")
+
+
+def test_no_suggestion_is_a_key_that_nobody_types():
+    for key in ("augment.target", "augment._targt_"):
+        assert "._" not in refused(f"{key}=x").removeprefix(f"{key}:")
 
 
 @pytest.mark.parametrize(
@@ -194,8 +275,88 @@ def test_a_recorded_target_is_refused(run, key):
 
 
 def test_resume_is_not_a_sweep(run):
-    with pytest.raises(ConfigError, match="leave out -m"):
-        with_recorded(["-m", f"resume={run('epochs=3')}"])
+    arguments = with_recorded(["-m", f"resume={run('epochs=3')}"])
+    assert "leave out -m" in refused(*prepared("train", arguments))
+
+
+def test_a_name_of_digits_is_a_path_where_a_path_is_typed():
+    arguments = ["data=image_folder", "data.root=2024_01", "hydra.run.dir=5", "seed=7"]
+    ready = prepared("train", [*arguments, "-m"])
+    assert ready[0] == "-m"
+    assert prepared("train", ready) == ready
+    (job,) = compose_jobs("train", ready)
+    assert (job.data.root, job.seed) == ("2024_01", 7)
+    assert value_of("hydra.run.dir", ready) == "5"
+    ready = prepared("predict", ["run=5", "input=1e3", "output=true"])
+    (job,) = compose_jobs("predict", ready)
+    assert (job.run, job.input, job.output) == ("5", "1e3", "true")
+    jobs = compose_jobs("train", prepared("train", ["-m", "data=image_folder", "data.root=1,2"]))
+    assert [job.data.root for job in jobs] == ["1", "2"]
+    assert prepared("train", ["resume=null"]) == ["resume=null"]
+
+
+def test_null_is_for_a_group_that_is_null_anyway():
+    assert prepared("train", ["experiment=null", "epochs=null"]) == ["epochs=null"]
+    assert prepared("train", ["optimizer=null"]) == ["optimizer=null"]
+
+
+def test_a_sweep_takes_options_by_pattern():
+    jobs = compose_jobs("train", ["-m", "model=glob(convnext*)", "seed=1,1", "seed=3"])
+    assert [job.model.name for job in jobs] == ["convnext_base", "convnext_small", "convnext_tiny"]
+    assert {job.seed for job in jobs} == {3}
+
+
+@pytest.mark.parametrize(
+    ("folder", "arguments"),
+    [
+        ("run", ["hydra.run.dir={0}/run"]),
+        ("run", ["++hydra.run.dir={0}/run"]),
+        ("sgd/7", ["hydra.run.dir='{0}/${{hydra:runtime.choices.optimizer}}/${{seed}}'", "seed=7"]),
+        ("sweep/1", ["-m", "hydra.sweep.dir={0}/sweep", "seed=1,2"]),
+        ("sweep/sgd", ["-m", "hydra.sweep.dir={0}/sweep", "hydra.sweep.subdir=sgd"]),
+        ("local/run", ["--config-dir", "{0}"]),
+    ],
+)  # fmt: skip
+def test_the_directory_of_a_run_is_not_taken_by_another(tmp_path, folder, arguments):
+    arguments = ["optimizer=sgd", *(argument.format(tmp_path) for argument in arguments)]
+    (tmp_path / "local").mkdir()
+    local = f"hydra: {{run: {{dir: {tmp_path}/local/run}}}}"
+    (tmp_path / "local" / "default.yaml").write_text(local)
+    run = tmp_path / folder
+    run.mkdir(parents=True)
+    compose_jobs("train", prepared("train", arguments))  # a folder alone is no run
+    (run / "run.json").touch()
+    message = refused(*prepared("train", arguments))
+    assert f"{run} already holds a run. To go on with it, type resume={run}; " in message
+
+
+def test_a_directory_that_is_taken_may_be_looked_at_and_resumed(tmp_path):
+    (tmp_path / "run.json").touch()
+    compose_jobs("train", ["--cfg", "job", f"hydra.run.dir={tmp_path}"])
+    compose_jobs("train", [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"])
+
+
+def test_a_rank_that_was_started_from_outside_may_find_what_the_first_began(tmp_path, monkeypatch):
+    (tmp_path / "run.json").touch()
+    monkeypatch.setenv("RANK", "1")
+    compose_jobs("train", [f"hydra.run.dir={tmp_path}"])
+    monkeypatch.setenv("RANK", "0")
+    assert "already holds a run" in refused(f"hydra.run.dir={tmp_path}")
+
+
+def test_two_jobs_of_a_sweep_do_not_share_a_directory():
+    assert "two jobs of the sweep" in refused("-m", "hydra.sweep.subdir=same", "seed=1,2")
+
+
+def test_a_key_that_the_data_of_a_run_lack_is_named(run):
+    folder = run("data=fake", "epochs=3")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        with pytest.raises(ConfigError, match=r"data\.root, data\.table: the run has data=f"):
+            compose_run(folder, ["data.root=x", "data.table=y"])
+        assert compose_run(folder, ["data.num_images=50", "epochs=4"]).data.num_images == 50
+        run("data=gone")
+        with pytest.raises(ConfigError, match="does not fit conf/ here"):
+            compose_run(folder, [])
 
 
 def modules_after(code):

@@ -157,15 +157,31 @@ class Trap:
         ("empty.pt", lambda path: path.touch(), r"empty\.pt is not a weights file"),
         ("bad.safetensors", lambda path: path.write_bytes(b"\0" * 9), r"bad\.safetensors is not"),
         ("trap.pt", lambda path: torch.save(Trap(), path), r"trap\.pt is not a weights file"),
-        ("net.pt", lambda path: torch.save(make_net(), path), r"net\.pt is not a weights file"),
+        (
+            "net.pt",
+            lambda path: torch.save(make_net(), path),
+            r"a whole module .*; save net\.st",
+        ),
+        (
+            "old.pt",
+            lambda path: torch.save(make_net(), path, _use_new_zipfile_serialization=False),
+            r"a whole module .*; save net\.state_dict\(\)",
+        ),
+        (
+            "README.md",
+            lambda path: path.write_text("# A title\n" * 9),
+            r"it is no file of torch",
+        ),
         ("epoch.pt", lambda path: torch.save({"epoch": 1}, path), "no state dict, only: epoch"),
         ("list.pt", lambda path: torch.save([1], path), "no state dict, only: list"),
     ],
 )
 def test_a_file_without_weights_is_named(tmp_path, capfd, name, write, message):
     write(tmp_path / name)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_state_dict(tmp_path / name)
+    assert "weights_only" not in str(caught.value)  # torch advises to trust the file
+    assert "\x1b" not in str(caught.value)
     assert "ran code" not in capfd.readouterr().out
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.backbones.base import Backbone
 from finetune.callbacks import WholeCheckpointIO
-from finetune.check import COMMON_DATA_KEYS
+from finetune.check import COMMON_DATA_KEYS, normal_devices, on_gpu
 from finetune.data import transforms
 from finetune.data.base import LabelledImages, Splits, label_counts
 from finetune.data.sampler import batch_bounds
@@ -226,16 +226,9 @@ def build_trainer(
 
 def num_devices(cfg: DictConfig) -> int:
     """Devices that trainer.devices asks for on this machine, times trainer.num_nodes."""
-    devices: Any = cfg.trainer.devices
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    on_gpu = cfg.trainer.accelerator in ("gpu", "cuda") or (
-        cfg.trainer.accelerator == "auto" and torch.cuda.is_available()
-    )
-    if devices in (-1, "auto"):
-        devices = torch.cuda.device_count() if on_gpu else 1
-    elif isinstance(devices, str):
-        devices = len(devices.strip(",").split(","))
-    elif not isinstance(devices, int):
+    devices = normal_devices(cfg.trainer.devices)
+    if isinstance(devices, list):
         devices = len(devices)
-    return int(devices) * int(cfg.trainer.get("num_nodes", 1))
+    elif devices in (-1, "auto"):
+        devices = torch.cuda.device_count() if on_gpu(cfg) else 1
+    return int(devices or 1) * int(cfg.trainer.get("num_nodes", 1))

@@ -60,11 +60,26 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except Exception as error:  # a damaged file fails in any of a dozen ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = why_unreadable(path, error)
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What a file is not, where torch.load(weights_only=True) or safetensors raised error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if path.stat().st_size == 0:
+        return "it is empty"
+    if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+        return (
+            f"it holds a whole module or another object ({found[1]}), which could run code when it "
+            "is read; save net.state_dict() instead"
+        )
+    kind = "file of safetensors" if path.suffix == ".safetensors" else "file of torch.save"
+    return f"it is no {kind}, or only a part of one"
 
 
 def read(path: Path) -> Checkpoint:

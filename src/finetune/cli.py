@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from finetune.errors import ConfigError, FinetuneError
-from finetune.overrides import asks_for_information, compose_jobs, flags_first, signs_quoted
+from finetune.overrides import (
+    asks_for_config,
+    asks_for_information,
+    compose_jobs,
+    prepared,
+    signs_quoted,
+)
 from finetune.record import Record
 
 log = logging.getLogger(__name__)
@@ -37,21 +44,23 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
     try:
-        sys.argv[1:] = signs_quoted(flags_first(sys.argv[1:]))
+        sys.argv[1:] = prepared(name, signs_quoted(sys.argv[1:]))
         if not asks_for_information(sys.argv[1:]):
             jobs = compose_jobs(name, sys.argv[1:])
-            from finetune.check import check_all  # late: from here on torch is imported
+            if not asks_for_config(sys.argv[1:]):
+                from finetune.check import check_all  # late: from here on torch is imported
 
-            check_all(jobs)
+                check_all(jobs)
         task()
     except FinetuneError as error:
         fail(error)
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         fail(ConfigError(str(error)))
     except BrokenPipeError:  # of --help | head
         os._exit(128 + 13)  # as SIGPIPE would have it; flushing would fail again
     except OSError as error:  # Hydra makes the run directory
-        fail(ConfigError(f"hydra.run.dir: {error.filename} cannot be written: {error.strerror}"))
+        key = "hydra.sweep.dir" if {"-m", "--multirun"} & {*sys.argv} else "hydra.run.dir"
+        fail(ConfigError(f"{key}: {error.filename} cannot be written: {error.strerror}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -29,13 +29,14 @@ def evaluate(cfg: DictConfig) -> None:
     from finetune import build, fit, resolve  # late: imports torch
     from finetune.data.split import listed
     from finetune.errors import ConfigError, DataError
-    from finetune.files import write_json
-    from finetune.overrides import compose_run, quoted
+    from finetune.files import try_to_write, write_json
+    from finetune.overrides import compose_run
     from finetune.restore import load
+    from finetune.typed import quoted
 
     fit.quiet_libraries()
     run = Path(cfg.run)
-    model = load(run, cfg.target).model
+    model = load(run, cfg.model.target).model
     typed = {
         "data.root": cfg.data.root,
         "data.table": cfg.data.table,
@@ -46,9 +47,16 @@ def evaluate(cfg: DictConfig) -> None:
         "trainer.devices": 1,
         "trainer.precision": cfg.trainer.precision,
     }
-    overrides = [f"{k}={quoted(str(v))}" for k, v in typed.items() if v is not None]
+    overrides = [
+        f"{k}={quoted(v) if isinstance(v, str) else v}" for k, v in typed.items() if v is not None
+    ]
     run_cfg = compose_run(run, overrides)
     resolve.fill_plainly(run_cfg)  # nothing is trained
+    target = Path(cfg.output or run) / "metrics.json"
+    try:
+        try_to_write(target)  # before the work is done
+    except OSError as error:
+        raise ConfigError(f"output: {target} cannot be written: {error.strerror}") from error
     splits = build.build_splits(run_cfg)
     images = fit.named_splits(splits).get(cfg.split)
     if images is None:
@@ -64,13 +72,11 @@ def evaluate(cfg: DictConfig) -> None:
     measure(task, datamodule=datamodule, verbose=False)
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}
     per_class = dict(zip(model.classes, task.last_per_class, strict=True))
-    target = Path(cfg.output or run) / "metrics.json"
+    facts = {"split": cfg.split, "images": len(images), **values}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"split": cfg.split, "images": len(images), **values}
         write_json(target, {**facts, f"per_class_{task.per_class_metric}": per_class})
     except OSError as error:
-        raise ConfigError(f"output: {target} cannot be written: {error}") from error
+        raise ConfigError(f"output: {target} cannot be written: {error.strerror}") from error
     fit.print_metrics({cfg.split: values}, per_class, cfg.split, task.per_class_metric)
     log.info("%d images of %s; written to %s", len(images), cfg.split, target)
 

@@ -30,6 +30,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
+def try_to_write(path: Path) -> None:
+    """Make the folder of path, and a file in it that is gone again. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    trial.touch()
+    trial.unlink()
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write value as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True) + "\n"

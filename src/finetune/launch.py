@@ -63,8 +63,7 @@ def start_ranks(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1"
-    for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):  # we tell it ourselves
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    quiet_elastic()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -91,6 +90,17 @@ def start_ranks(
         if stopped := codes & STOPPED.keys():
             raise Interrupted(STOPPED[stopped.pop()]) from error
         raise RankFailed(said_by(error.get_first_failure()[1])) from error
+
+
+def quiet_elastic() -> None:
+    """Leave out what torch says of signals and failed ranks: we tell it ourselves.
+
+    torch sets a level on every logger of its own, so that of the parent does not count.
+    """
+    noisy = ("torch.distributed.elastic", "torch.multiprocessing")
+    for name in (*noisy, *logging.root.manager.loggerDict):
+        if name.startswith(noisy):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def said_by(failure: ProcessFailure) -> str:

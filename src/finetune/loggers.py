@@ -1,6 +1,7 @@
 """Loggers that write straight into the run directory, and go on where a resume does."""
 
 import csv
+import importlib.util
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -92,20 +93,24 @@ class MetricsFile(Logger):
 
 def wandb(run: Path, resumed_at: int | None, project: str, offline: bool) -> Logger:
     """Weights & Biases, an extra. resumed_at: unused; a resume continues the same wandb run."""
-    try:
-        from lightning.pytorch.loggers import WandbLogger
+    check_wandb()
+    from lightning.pytorch.loggers import WandbLogger
 
-        name = f"{run.absolute().parent.name}-{run.name}"  # of two sweeps, each has a job 0
-        return WandbLogger(
-            project=project,
-            offline=offline,
-            save_dir=run,
-            id=name,
-            name=name,
-            resume="allow",
-        )
-    except ModuleNotFoundError as error:
-        raise ConfigError('logger=wandb needs wandb; type: pip install -e ".[wandb]"') from error
+    name = f"{run.absolute().parent.name}-{run.name}"  # of two sweeps, each has a job 0
+    return WandbLogger(
+        project=project,
+        offline=offline,
+        save_dir=run,
+        id=name,
+        name=name,
+        resume="allow",
+    )
+
+
+def check_wandb(**arguments: Any) -> None:
+    """Raise ConfigError if wandb is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError('logger=wandb needs wandb; type: pip install -e ".[wandb]"')
 
 
 def end_wandb() -> None:

@@ -1,24 +1,31 @@
 """What was typed, held against conf/: all unknown groups, options and keys, before torch."""
 
 import difflib
+import functools
 import itertools
+import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.errors import CheckpointError, ConfigError
+from finetune.record import NAME, taken
+from finetune.typed import quoted, shown, to_type
 
 # the folder beside src/ in a checkout; the copy inside the package once it was built into a wheel
 CONF = next(
@@ -27,12 +34,35 @@ CONF = next(
     if folder.is_dir()
 )
 MOST_JOBS = 200  # of a sweep that are checked before it starts
+# what is typed for these is a path, whatever it looks like
+PATHS = (
+    *("resume", "data.root", "data.table", "model.path", "run", "input", "output"),
+    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
+)
 
 
-def flags_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with -m before the overrides: behind them Hydra's parser does not take it."""
-    flags = [a for a in arguments if a in ("-m", "--multirun")]
-    return [*flags, *(a for a in arguments if a not in flags)]
+def prepared(command: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments as Hydra takes them.
+
+    Flags stand before the overrides, since its parser does not take them behind. Folders and files
+    with a name such as 2024 are quoted, since its grammar would make a number of them. A null for
+    a group that is null anyway, such as experiment=null, is left out: it takes no null there.
+    """
+    typed = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    flags = [a for a in arguments if a not in typed]
+    nulls = [a for a in typed if re.fullmatch(r"[\w/]+=null", a)]
+    if nulls:
+        with _conf(command, _parsed([*flags, *typed]).config_dir) as conf:
+            nulls = [a for a in nulls if conf.is_null(_key(a)) and conf.options(_key(a))]
+    return [*flags, *(_path_as_text(a) for a in typed if a not in nulls)]
+
+
+def _path_as_text(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    if _key(argument) not in PATHS or not re.fullmatch(r"[\w./:+,-]+", value, re.ASCII):
+        return argument
+    parts = [part if part in ("", "null") else quoted(part) for part in value.split(",")]
+    return f"{key}={','.join(parts)}"
 
 
 def signs_quoted(arguments: Sequence[str]) -> list[str]:
@@ -51,62 +81,78 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
         raise ConfigError(
             f"{' '.join(unknown)}: not understood; overrides are key=value, see --help"
         )
+    if args.config_name or args.config_path:
+        raise ConfigError("--config-name and --config-path are not for this command; see --help")
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        raise ConfigError(f"--config-dir {args.config_dir}: no such folder")
+    modes = {"--multirun": args.multirun, "--run": args.run, "--cfg": args.cfg, "--info": args.info,
+             "--shell-completion": args.shell_completion}  # fmt: skip
+    chosen = [flag for flag, value in modes.items() if value]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} do not go together; leave out all but one")
+    if args.resolve and not (args.cfg or args.help):
+        raise ConfigError("--resolve goes with --cfg job; type both, or leave it out")
     return args
 
 
 def asks_for_information(arguments: Sequence[str]) -> bool:
-    """Whether the command line asks for help or for the config, and runs nothing."""
+    """Whether the command line asks for help and the like, whatever else it holds."""
     args = _parsed(arguments)
-    return bool(args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+    return bool(args.help or args.hydra_help or args.info or args.shell_completion)
+
+
+def asks_for_config(arguments: Sequence[str]) -> bool:
+    """Whether the config is to be shown, and nothing runs."""
+    return bool(_parsed(arguments).cfg)
 
 
 def compose_jobs(command: str, arguments: Sequence[str]) -> list[DictConfig]:
     """The config of every job that the arguments ask for: one, or those of a sweep.
 
     Raises ConfigError that lists every override that does not parse, unknown group option and
-    unknown key.
+    unknown key; or that names a directory of the jobs which holds a run.
     """
     args = _parsed(arguments)
-    if args.config_name or args.config_path:
-        raise ConfigError("--config-name and --config-path are not for this command; see --help")
-    search_path = (
-        [] if args.config_dir is None else [f"hydra.searchpath=[{quoted(args.config_dir)}]"]
-    )
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    if args.multirun and command != "train":
+        raise ConfigError(
+            f"-m: finetune.{command} takes one run at a time; leave it out and call it for each"
+        )
+    with _conf(command, args.config_dir) as conf:
         typed, problems = _parse(args.overrides)
-        swept = [o.get_key_element() for o in typed if o.is_sweep_override()]
-        if swept and not args.multirun:
-            problems += [f"{key}: several values are a sweep; add -m" for key in swept]
-        groups = [o for o in typed if _is_group(o, command, search_path)]
-        problems += [p for o in groups for p in _unknown_options(o, command, search_path)]
-        if problems:
-            problems += _unknown_keys(command, typed, groups, search_path, tolerant=True)
-            raise ConfigError(_listed(problems))
-        problems = _unknown_keys(command, typed, groups, search_path, tolerant=False)
+        sound = []  # what can be composed
+        for override in typed:
+            said = [*_sweep_problems(override, args.multirun, conf), *_value_problems(override)]
+            said += _group_problems(override, conf)
+            problems += said
+            if not said and not override.is_delete():
+                sound.append(override)
+        groups = [o for o in sound if conf.options(o.key_or_group)]
+        problems += _key_problems(typed, groups, conf, tolerant=bool(problems))
         if problems:
             raise ConfigError(_listed(problems))
         try:
-            return [
-                compose(command, overrides=[*search_path, *job])
-                for job in itertools.islice(_jobs(typed), MOST_JOBS)
-            ]
+            jobs = [conf.compose(job) for job in itertools.islice(_jobs(typed), MOST_JOBS)]
+            if not args.cfg:
+                _refuse_taken(jobs, args.multirun)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_first_lines(error)) from error
+    for job in jobs:
+        with open_dict(job):
+            del job["hydra"]
+    return jobs
 
 
 def with_recorded(arguments: Sequence[str]) -> list[str]:
     """The arguments of a resume: what the run was started with, then what is typed now."""
-    typed = [a for a in arguments if not a.startswith("resume=")]
-    run = Path(value_of("resume", arguments) or "")
-    if any(a in ("-m", "--multirun") for a in typed):
-        raise ConfigError("resume= goes on with one run; leave out -m")
-    recorded = recorded_overrides(run)
+    typed = [a for a in arguments if _key(a) != "resume"]
+    run = value_of("resume", arguments) or ""
+    recorded = recorded_overrides(Path(run))
     keys = {_key(argument) for argument in typed}
     return [
         *(override for override in recorded if _key(override) not in keys),
         *typed,
-        f"resume={quoted(str(run))}",
-        f"hydra.run.dir={quoted(str(run))}",
+        f"resume={quoted(run)}",
+        f"hydra.run.dir={quoted(run)}",
         "hydra.output_subdir=null",  # what the run was started with stays as it is
     ]
 
@@ -131,18 +177,13 @@ def recorded_overrides(run: Path) -> list[str]:
 
 
 def value_of(key: str, arguments: Sequence[str]) -> str | None:
-    """What was typed for a key, the last time; None if it was not, or null."""
-    values = [a.removeprefix(f"{key}=") for a in arguments if a.startswith(f"{key}=")]
-    value = values[-1] if values else "null"
-    return None if value == "null" else value.strip("'\"")
-
-
-def quoted(value: str) -> str:
-    """A value for Hydra's override grammar, whatever characters it holds."""
-    if re.fullmatch(r"[\w./:+-]+", value, re.ASCII):
-        return value
-    # a backslash stands for itself there, but before a quote
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), value) + "'"
+    """The text typed for a key, the last time; None if it was not, or is no text, such as null."""
+    given = [a for a in arguments if _key(a) == key and "=" in a]
+    try:
+        value = OverridesParser.create().parse_override(given[-1]).value() if given else None
+    except HydraException:  # told by compose_jobs
+        return None
+    return value if isinstance(value, str) else None
 
 
 def _key(override: str) -> str:
@@ -150,53 +191,177 @@ def _key(override: str) -> str:
 
 
 def compose_run(run: Path, overrides: Sequence[str]) -> DictConfig:
-    """The config that a run was started with, and overrides on top; within a Hydra command."""
-    recorded = [o for o in recorded_overrides(run) if not o.startswith("resume=")]
+    """The config that a run was started with, and overrides on top; within a Hydra command.
+
+    Raises ConfigError for a key of the data that the data of the run do not have.
+    """
+    recorded = [o for o in recorded_overrides(run) if _key(o) != "resume"]
     keys = {_key(override) for override in overrides}
     kept = [override for override in recorded if _key(override) not in keys]
-    return compose("train", overrides=[*kept, *overrides])
+    try:
+        if about_data := [key for key in sorted(keys) if key.startswith("data.")]:
+            cfg = compose("train", overrides=recorded, return_hydra_config=True)
+            if unknown := [key for key in about_data if key not in _nodes(cfg)]:
+                data = cfg.hydra.runtime.choices.data
+                raise ConfigError(
+                    f"{', '.join(unknown)}: the run has data={data}, which has no such key; "
+                    "leave it out"
+                )
+        return compose("train", overrides=[*kept, *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{run}: what it was started with does not fit conf/ here: {_first_lines(error)}"
+        ) from error
+
+
+class _Conf:
+    """conf/ as one command composes it. search_path: an override that adds a folder to it."""
+
+    def __init__(self, command: str, search_path: list[str]) -> None:
+        self.command, self.search_path = command, search_path
+        self._options: dict[str, list[str]] = {}
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """With the node hydra."""
+        return compose(
+            self.command, overrides=[*self.search_path, *overrides], return_hydra_config=True
+        )
+
+    def options(self, group: str) -> list[str]:
+        """Of a group; none if it is a key."""
+        group = group.lstrip("/")
+        if group not in self._options:
+            self._options[group] = _loader().get_group_options(
+                group, ObjectType.CONFIG, config_name=self.command, overrides=self.search_path
+            )
+        return self._options[group]
+
+    @functools.cached_property
+    def defaults(self) -> DictConfig:
+        """What is composed if nothing is typed."""
+        return self.compose([])
+
+    def is_null(self, group: str) -> bool:
+        """Whether nothing is chosen of a group if nothing is typed."""
+        return self.defaults.hydra.runtime.choices.get(group, "") is None
+
+
+@contextmanager
+def _conf(command: str, folder: str | None) -> Iterator[_Conf]:
+    """folder: of --config-dir."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield _Conf(command, [] if folder is None else [f"hydra.searchpath=[{quoted(folder)}]"])
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What can be typed in one job. nodes: dotted keys to values, those of inner nodes included."""
+
+    nodes: Mapping[str, Any]
+    choices: Mapping[str, str | None]
+
+    def close(self, key: str) -> str:
+        """What a misspelt key may have meant; nothing that is not meant to be typed."""
+        inside = key.startswith("hydra.")
+        names = [n for n in self.nodes if n.startswith("hydra.") == inside and "._" not in f".{n}"]
+        return _close(key, sorted(names)) or "see --help"
+
+    def may_be_added(self, key: str) -> bool:
+        """Whether something reads a new key: Hydra, or the signature behind a _target_."""
+        top, _, inner = key.partition(".")
+        node = self.nodes.get(top)
+        return top == "hydra" or bool(inner and isinstance(node, dict) and "_target_" in node)
+
+    def inside(self, key: str) -> list[str]:
+        """Keys straight under a key, to be typed."""
+        node = self.nodes.get(key)
+        return [f"{key}.{n}" for n in node if n[0] != "_"] if isinstance(node, dict) else []
+
+
+def _loader() -> Any:
+    return GlobalHydra.instance().config_loader()
 
 
 def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(config_loader=_loader())
     typed, problems = [], []
     for text in overrides:
+        key, given, value = text.partition("=")
         try:
             typed.append(parser.parse_override(text))
-        except HydraException as error:
-            key, given, value = text.partition("=")
-            hint = f'; quoted: "{key}={quoted(value)}"' if given and not value.isascii() else ""
-            problems.append(f"{text}: not of the form key=value ({_first_lines(error)}){hint}")
+        except HydraException:
+            hint = ""
+            if given and _parses(parser, f"{key}={quoted(value)}"):
+                hint = f"; its value must be quoted: {to_type(key, value)}"
+            problems.append(f"{text}: not of the form key=value{hint}")
+        else:
+            typed[-1].config_loader = parser.config_loader  # for glob(...)
+            if not typed[-1].key_or_group:
+                typed.pop()
+                problems.append(f"{text}: no key before the =")
     return typed, problems
 
 
-def _is_group(override: Override, command: str, search_path: list[str]) -> bool:
-    return bool(_options(override.key_or_group.lstrip("/"), command, search_path))
+def _parses(parser: OverridesParser, text: str) -> bool:
+    try:
+        parser.parse_override(text)
+    except HydraException:
+        return False
+    return True
 
 
-def _options(group: str, command: str, search_path: list[str]) -> list[str]:
-    loader = GlobalHydra.instance().config_loader()
-    options: list[str] = loader.get_group_options(
-        group, ObjectType.CONFIG, config_name=command, overrides=search_path
-    )
-    return options
+def _sweep_problems(override: Override, multirun: bool, conf: _Conf) -> Iterator[str]:
+    """Several values where there can be one, and an interval where there must be values."""
+    key, text = override.key_or_group, override.input_line
+    if key == "resume" and multirun and override.value() is not None:
+        yield "resume= goes on with one run; leave out -m"
+    elif override.is_interval_sweep():
+        yield f"{text}: a sweep needs its values; type -m {key}=0.1,0.5,1 or the like"
+    elif override.is_sweep_override() and not multirun:
+        as_one = to_type(key, override.get_value_string()) if key in PATHS else ""
+        if key == "resume" or conf.command != "train":
+            yield f"{text}: one value only" + (f"; if it is one: {as_one}" if as_one else "")
+        else:
+            hint = f"; or, if it is one value: {as_one}" if as_one else ""
+            yield f"{key if not as_one else text}: several values are a sweep; add -m{hint}"
+
+
+def _value_problems(override: Override) -> Iterator[str]:
+    """An empty path: what a shell makes of a variable that is not set."""
+    key = override.key_or_group
+    if override.value() == "" and key in (*PATHS, "model.weights"):
+        yield f"{key}= has no value (a shell variable that is not set?); type one or leave it out"
 
 
 def _values(override: Override) -> list[str]:
     if override.is_sweep_override():
         return [str(value) for value in override.sweep_string_iterator()]
-    return [str(override.value())]
+    return [shown(override.value())]
 
 
-def _unknown_options(override: Override, command: str, search_path: list[str]) -> Iterator[str]:
-    if override.is_delete():
+def _group_problems(override: Override, conf: _Conf) -> Iterator[str]:
+    """Options that there are not, and groups that this command does not choose from."""
+    group, text = override.key_or_group.lstrip("/"), override.input_line
+    options = conf.options(group)
+    if not options or override.is_delete() or override.is_interval_sweep():
         return
-    group = override.key_or_group.lstrip("/")
-    options = _options(group, command, search_path)
+    added = override.is_add() or override.is_force_add()
+    if (added or conf.command != "train") and not override.package:
+        known = _known(conf.defaults)
+        if group not in known.choices and {"run", "runs"} & known.nodes.keys():
+            hint = f"; there are: {', '.join(known.inside(group))}" if known.inside(group) else ""
+            yield f"{text}: finetune.{conf.command} takes the {group} of the run{hint}"
+            return
+        if group in known.choices and added:
+            yield f"{text}: {group} is chosen already; type {(text or '').lstrip('+')}"
+            return
     for value in _values(override):
-        if value not in options and value != "None":
+        if value not in options:
+            problem = (
+                "one must be chosen" if value == "null" else f"no such option in conf/{group}/"
+            )
             yield (
-                f"{_group_key(override)}={value}: no such option in conf/{group}/; "
+                f"{_group_key(override)}={value}: {problem}; "
                 f"{_close(value, options) or 'there are: ' + ', '.join(options)}"
             )
 
@@ -207,15 +372,14 @@ def _group_key(override: Override) -> str:
     return group if place is None else f"{group}@{place}"
 
 
-def _misplaced(command: str, job: list[str], search_path: list[str]) -> list[str]:
+def _misplaced(job: list[str], conf: _Conf) -> list[str]:
     """Choices for a place that is not there, such as strategy@strategy.then with strategy=full."""
 
     def choices(overrides: list[str]) -> dict[str, str]:
         try:
-            cfg = compose(command, [*search_path, *overrides], return_hydra_config=True)
+            return dict(conf.compose(overrides).hydra.runtime.choices)
         except (HydraException, OmegaConfBaseException):
             return {}
-        return dict(cfg.hydra.runtime.choices)
 
     kept = [o for o in job if "@" not in _key(o)]
     placed = [o for o in job if o not in kept]
@@ -228,7 +392,7 @@ def _misplaced(command: str, job: list[str], search_path: list[str]) -> list[str
         others = [o for o in kept if _key(o) != group]
         having = [
             option
-            for option in _options(group, command, search_path)
+            for option in conf.options(group)
             if key in choices([*others, f"{group}={option}"])
         ]
         hint = _close(key, list(known)) or f"options with it: {', '.join(having) or 'none'}"
@@ -236,71 +400,122 @@ def _misplaced(command: str, job: list[str], search_path: list[str]) -> list[str
     return problems
 
 
-def _unknown_keys(
-    command: str,
-    typed: list[Override],
-    groups: list[Override],
-    search_path: list[str],
-    tolerant: bool,
+def _key_problems(
+    typed: list[Override], groups: list[Override], conf: _Conf, tolerant: bool
 ) -> list[str]:
-    """Keys that no job's config has. tolerant: groups whose option is unknown are left out."""
-    if tolerant:
-        groups = [o for o in groups if not list(_unknown_options(o, command, search_path))]
-    group_keys = {id(o) for o in groups}
+    """Keys that the config of some job does not have, a line each. groups: what decides them."""
     problems: dict[str, str] = {}
     for job in itertools.islice(_jobs(groups), MOST_JOBS):
         try:
-            cfg = compose(command, overrides=[*search_path, *job], return_hydra_config=True)
+            known = _known(conf.compose(job) if job else conf.defaults)
         except (HydraException, OmegaConfBaseException) as error:
-            if tolerant:
-                return []
-            return _misplaced(command, job, search_path) or [_first_lines(error)]
-        known = sorted(_keys(cfg))
+            return [] if tolerant else _misplaced(job, conf) or [_first_lines(error)]
         for override in typed:
-            key = override.key_or_group
-            if id(override) in group_keys or override.is_add() or override.is_force_add():
-                continue
-            if (
-                key in known
-                or key.startswith("hydra.")
-                or _is_group(override, command, search_path)
-            ):
-                continue
-            group, _, inner = key.partition(".")
-            choice = cfg.hydra.runtime.choices.get(group)
-            place = f" with {group}={choice}" if inner and choice else ""
-            problems[key] = f"{key}: no such key{place}; {_close(key, known) or 'see --help'}"
+            options = conf.options(override.key_or_group)
+            if problem := _key_problem(override, options, known):
+                problems.setdefault(override.input_line or "", problem)
     return list(problems.values())
 
 
-def _keys(cfg: DictConfig) -> Iterator[str]:
-    """Dotted keys of a config, those of inner nodes included; without hydra.*."""
-    stack: list[tuple[str, Any]] = [("", {k: v for k, v in _plain(cfg).items() if k != "hydra"})]
+def _key_problem(override: Override, options: list[str], known: _Known) -> str | None:
+    key, text = override.key_or_group, override.input_line
+    if override.is_delete() and options:
+        return f"{text}: one must be chosen; type {key}=NAME, one of {', '.join(options)}"
+    if options:
+        return None
+    added = override.is_add() or override.is_force_add()
+    value = override.value()
+    for name in _typed_keys(key, value):
+        if name not in known.nodes and not (added and known.may_be_added(name)):
+            group, _, inner = name.partition(".")
+            choice = known.choices.get(group)
+            place = f" with {group}={choice}" if inner and choice else ""
+            return f"{name}: no such key{place}; {known.close(name)}"
+    if override.is_delete():
+        there = known.inside(key) or [key]
+        return f"{text}: no key can be taken out; type {there[0]}=VALUE"
+    if key in known.nodes and override.is_add():
+        return f"{text}: {key} is there already; type {(text or '').lstrip('+')}"
+    swept = override.is_sweep_override()
+    if known.inside(key) and (swept or not isinstance(value, dict)):
+        return f"{text}: {key} holds keys; type {' or '.join(f'{n}=' for n in known.inside(key))}"
+    return None
+
+
+def _typed_keys(key: str, value: Any) -> Iterator[str]:
+    """A key, and those in its value if that is a mapping."""
+    yield key
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _typed_keys(f"{key}.{name}", inner)
+
+
+def _known(cfg: DictConfig) -> _Known:
+    return _Known(_nodes(cfg), cfg.hydra.runtime.choices)
+
+
+def _nodes(cfg: DictConfig) -> dict[str, Any]:
+    """Dotted keys of a config to their values, those of inner nodes included."""
+    found: dict[str, Any] = {}
+    stack: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg))]
     while stack:
         prefix, node = stack.pop()
         for key, value in node.items():
-            yield f"{prefix}{key}"
+            found[f"{prefix}{key}"] = value
             if isinstance(value, dict):
                 stack.append((f"{prefix}{key}.", value))
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(cfg)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return found
 
 
 def _jobs(typed: Sequence[Override]) -> Iterator[list[str]]:
     """The overrides of each job: the product of all sweeps, as Hydra's basic sweeper makes it."""
-    choices = []
+    choices: dict[str, list[str]] = {}  # of a key that is typed twice, the last counts
     for override in typed:
+        key = override.get_key_element()
         if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
-            choices.append([override.input_line or ""])
-    for job in itertools.product(*choices):
+            choices[key] = [override.input_line or ""]
+    for job in itertools.product(*choices.values()):
         yield list(job)
+
+
+def _refuse_taken(jobs: Sequence[DictConfig], multirun: bool) -> None:
+    """Raise ConfigError if a job would start in the directory of a run, or of another job.
+
+    Before Hydra writes: it would put other overrides there, and the run could not be resumed.
+    """
+    if any("resume" not in job or job.resume is not None for job in jobs):
+        return  # it writes no run directory, or goes on in its own
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:
+        return  # the first rank, which torchrun or SLURM started with this one, may be there
+    found: set[Path] = set()
+    for number, job in enumerate(jobs):
+        OmegaConf.copy_cache(jobs[0], job)  # of ${now:}, as Hydra does for a sweep
+        run = _run_directory(job, number if multirun else None)
+        if (run / NAME).exists():
+            raise taken(run)
+        if run in found:
+            raise ConfigError(
+                f"{run}: two jobs of the sweep would run there; leave out hydra.sweep.subdir, or "
+                "put ${hydra:job.num} into it"
+            )
+        found.add(run)
+
+
+def _run_directory(job: DictConfig, number: int | None) -> Path:
+    """Where Hydra will run a job. number: of the job in a sweep."""
+    before = HydraConfig.instance().cfg
+    if number is not None:
+        with open_dict(job):
+            job.hydra.job.num, job.hydra.job.id = number, str(number)
+    try:
+        HydraConfig.instance().set_config(job)  # what ${hydra:...} looks into
+        if number is None:
+            return Path(job.hydra.run.dir)
+        return Path(job.hydra.sweep.dir, job.hydra.sweep.subdir)
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def _close(name: str, known: Sequence[str]) -> str:

@@ -48,22 +48,24 @@ def predict(cfg: DictConfig) -> None:
     from finetune.data.transforms import from_anything
     from finetune.datamodule import usable_cores
     from finetune.errors import ConfigError, DataError
-    from finetune.files import write_whole
+    from finetune.files import try_to_write, write_whole
     from finetune.record import Record
     from finetune.restore import saved_model
 
-    saved, model = saved_model(Path(cfg.run), cfg.target)
+    saved, model = saved_model(Path(cfg.run), cfg.model.target)
     transform, classes = from_anything(saved.input_spec), saved.classes
     multilabel = saved.task == "multilabel"
     data = Record.read(Path(cfg.run)).facts["config"]["data"]
     separator = data.get("label_separator") or ";"
     paths = list(images_below(Path(cfg.input)))
-    output = Path(cfg.output)
-    if output.is_dir():
+    output = Path(cfg.output or ".")
+    if output.is_dir() or str(cfg.output).endswith(("/", os.sep)):
         output = output / "predictions.csv"
+    try:
+        try_to_write(output)  # before the work is done
+    except OSError as error:
+        raise ConfigError(f"output: {output} cannot be written: {error.strerror}") from error
     gpu = cfg.accelerator != "cpu" and torch.cuda.is_available()
-    if cfg.accelerator in ("gpu", "cuda") and not gpu:
-        raise ConfigError(f"accelerator={cfg.accelerator}: no GPU that torch can use; type cpu")
     device = torch.device("cuda" if gpu else "cpu")
     model.to(device)
     workers = min(8, usable_cores() - 1) if cfg.num_workers is None else cfg.num_workers
@@ -96,10 +98,9 @@ def predict(cfg: DictConfig) -> None:
     csv.writer(text, lineterminator="\n").writerows(rows)
     content = text.getvalue().encode("utf-8", "surrogateescape")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, lambda file: file.write(content))
     except OSError as error:
-        raise ConfigError(f"output: {output} cannot be written: {error}") from error
+        raise ConfigError(f"output: {output} cannot be written: {error.strerror}") from error
     log.info("%d images classified; written to %s", len(rows) - 1, output)
     if unreadable:
         listed = "\n".join(f"  {why}" for _, why in unreadable)

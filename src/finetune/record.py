@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from finetune.errors import CheckpointError, ConfigError
 from finetune.files import write_json
+from finetune.typed import to_type
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 NAME = "run.json"
@@ -14,8 +15,8 @@ NAME = "run.json"
 def taken(run: Path) -> ConfigError:
     """The message for a fresh start where there is a run."""
     return ConfigError(
-        f"{run} already holds a run. To go on with it: python train.py resume={run} "
-        "To start another: leave out hydra.run.dir, or name a new folder"
+        f"{run} already holds a run. To go on with it, type {to_type('resume', str(run))}; to "
+        "start another, name a new folder, or none: hydra.run.dir, in a sweep hydra.sweep.dir"
     )
 
 

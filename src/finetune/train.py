@@ -7,26 +7,24 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from finetune import cli
-from finetune.errors import FinetuneError
-from finetune.overrides import CONF, value_of, with_recorded
-from finetune.record import NAME, Record, taken
+from finetune.errors import ConfigError, FinetuneError
+from finetune.overrides import CONF, prepared, value_of, with_recorded
+from finetune.record import NAME, Record
+from finetune.typed import to_type
 
 
 def main() -> NoReturn:
     """Entry point of train.py."""
-    arguments = sys.argv[1:]
     try:
-        # both before Hydra writes anything into the run directory
+        arguments = prepared("train", sys.argv[1:])
         if resume := value_of("resume", arguments):
-            sys.argv[1:] = with_recorded(arguments)
-            if is_finished(Path(resume)):
-                print(f"{resume} is finished already; nothing to do")
+            sys.argv[1:] = with_recorded(arguments)  # before Hydra writes anything there
+            if len(arguments) == 1 and is_finished(Path(resume)):
+                print(finished(Path(resume)))
                 sys.exit(0)
-        elif (run := value_of("hydra.run.dir", arguments)) and (Path(run) / NAME).exists():
-            raise taken(Path(run))
     except FinetuneError as error:
         cli.fail(error)
     cli.command("train", task)
@@ -37,16 +35,36 @@ def is_finished(run: Path) -> bool:
     return (run / NAME).exists() and Record.read(run).facts.get("status") == "finished"
 
 
+def finished(run: Path) -> str:
+    """What to say of it."""
+    return (
+        f"{run} is finished already; nothing to do. To train longer, start another run from its "
+        f"weights: model=run {to_type('model.path', str(run))}"
+    )
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def task(cfg: DictConfig) -> None:
     """One job; several of them in a sweep."""
-    from finetune import launch  # late: imports torch
+    from finetune import fit, launch  # late: imports torch
 
     hydra_cfg = HydraConfig.get()
     run = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
     why = why_model(overrides, hydra_cfg.runtime.choices, cfg.model.get("weights"))
-    cli.guarded(overrides, run, lambda: launch.run(cfg, run, overrides, why))
+
+    def job() -> None:
+        if cfg.resume is None or not is_finished(run):
+            launch.run(cfg, run, overrides, why)
+            return
+        config = OmegaConf.to_container(cfg, resolve=True)
+        try:
+            fit.refuse_changes(Record.read(run).facts, config, run)
+        except ConfigError as error:
+            raise ConfigError(f"{finished(run)}\n{error}") from error
+        print(finished(run))
+
+    cli.guarded(overrides, run, job)
 
 
 def why_model(overrides: Sequence[str], choices: Mapping[str, str], weights: str | None) -> str:

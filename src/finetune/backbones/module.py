@@ -10,7 +10,7 @@ from torch import nn
 
 from finetune.backbones.base import Backbone, Recipe, split_head
 from finetune.backbones.source_head import head_loader
-from finetune.backbones.weights import load_weights, read_state_dict
+from finetune.backbones.weights import existing_file, load_weights, read_state_dict
 from finetune.errors import ConfigError
 from finetune.specs import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 
@@ -28,6 +28,37 @@ def module(
     by default 224. mean, std: what the network was trained with, three values each, by default
     ImageNet's.
     """
+    spec = _input_spec(input_size, mean, std)
+    net = _call(target)
+    num_features, head = split_head(net)
+    own_head = None
+    if weights is not None:
+        state = read_state_dict(weights)
+        load_weights(net, state, weights)
+        own_head = head_loader(head, state, weights)
+    recipe: Recipe = {"family": "module", "target": target, "input_size": spec.size}
+    backbone = Backbone(net, num_features, spec, recipe, own_head)
+    _check_output(backbone, target, head)
+    return backbone
+
+
+def check(
+    target: str,
+    weights: str | None = None,
+    input_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
+    """Raise ConfigError or CheckpointError for what there is not, and for bad values."""
+    _input_spec(input_size, mean, std)
+    _class_at(target)
+    if weights is not None:
+        existing_file(weights)
+
+
+def _input_spec(
+    input_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> InputSpec:
     size = 224 if input_size is None else input_size
     spec = InputSpec(
         size,
@@ -37,17 +68,7 @@ def module(
     )
     if min(spec.std) <= 0:
         raise ConfigError(f"model.std: must be positive, got {list(spec.std)}")
-    net = _call(target)
-    num_features, head = split_head(net)
-    own_head = None
-    if weights is not None:
-        state = read_state_dict(weights)
-        load_weights(net, state, weights)
-        own_head = head_loader(head, state, weights)
-    recipe: Recipe = {"family": "module", "target": target, "input_size": size}
-    backbone = Backbone(net, num_features, spec, recipe, own_head)
-    _check_output(backbone, target, head)
-    return backbone
+    return spec
 
 
 def _per_channel(name: str, values: Sequence[float]) -> tuple[float, float, float]:
@@ -57,7 +78,7 @@ def _per_channel(name: str, values: Sequence[float]) -> tuple[float, float, floa
     return float(red), float(green), float(blue)
 
 
-def _call(target: str) -> nn.Module:
+def _class_at(target: str) -> type[nn.Module]:
     path, _, name = target.rpartition(".")
     if not path:
         raise ConfigError(f"model.target: '{target}' is no dotted path; type package.module.Class")
@@ -72,6 +93,11 @@ def _call(target: str) -> nn.Module:
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigError(f"model.target: '{target}' is no class of nn.Module, but {found!r}")
+    return found
+
+
+def _call(target: str) -> nn.Module:
+    found = _class_at(target)
     try:
         return found()
     except TypeError as error:

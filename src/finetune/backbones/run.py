@@ -19,12 +19,8 @@ def run(path: str, input_size: int | None = None, target: str | None = None) -> 
     input_size: pixels; None for that of the run. target: dotted path of the class, if the run was
     one of model=module.
     """
+    check(path)
     best = checkpoint.best_path(Path(path))
-    if not best.is_file():
-        raise CheckpointError(
-            f"model.path={path} is no run directory with weights: {best} is missing. Give the "
-            "folder that train.py named at the end"
-        )
     saved = checkpoint.read(best)
     backbone = rebuild(saved, best, target, input_size)
     names = [name for name in saved.state_dict if name.startswith("backbone.")]
@@ -46,6 +42,16 @@ def run(path: str, input_size: int | None = None, target: str | None = None) -> 
     return backbone
 
 
+def check(path: str, input_size: int | None = None, target: str | None = None) -> None:
+    """Raise CheckpointError if path is no run directory with weights."""
+    best = checkpoint.best_path(Path(path))
+    if not best.is_file():
+        raise CheckpointError(
+            f"model.path={path} is no run directory with weights: {best} is missing. Give the "
+            "folder that train.py named at the end"
+        )
+
+
 def rebuild(
     saved: Checkpoint, path: Path, target: str | None, input_size: int | None = None
 ) -> Backbone:
@@ -65,6 +71,8 @@ def rebuild(
                 f"never run unasked; type model.target={recipe.get('target')}"
             )
         recipe["target"] = target
+    elif target is not None:
+        log.warning("model.target=%s has no effect: %s holds a %s backbone", target, path, family)
     try:
         size = {} if input_size is None else {"input_size": input_size}
         backbone = FAMILIES[family](**recipe | size, weights=None)

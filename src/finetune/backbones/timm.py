@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from finetune.backbones.base import Backbone, Recipe, SourceHead, check_size
 from finetune.backbones.source_head import head_loader
-from finetune.backbones.weights import align_names, load_weights, looks_like_path, read_state_dict
+from finetune.backbones.weights import (
+    align_names,
+    existing_file,
+    load_weights,
+    looks_like_path,
+    read_state_dict,
+)
 from finetune.errors import CheckpointError, ConfigError
 from finetune.network import why_unreachable
 from finetune.specs import InputSpec
@@ -71,6 +77,14 @@ def timm(
     return Backbone(net, net.head_hidden_size, spec, recipe, own_head)  # type: ignore[arg-type]
 
 
+def check(name: str, weights: str | None = "DEFAULT", **others: Any) -> None:
+    """Raise ConfigError or CheckpointError for a name, weights or a file that there are not.
+
+    others: arguments of the backbone that are checked elsewhere.
+    """
+    _weights_file(name, weights, _config(name))
+
+
 def _config(name: str) -> "PretrainedCfg":
     """What timm knows of the weights of that name."""
     try:
@@ -116,9 +130,8 @@ def _weights_file(name: str, weights: str | None, config: "PretrainedCfg") -> Pa
         if not config.has_weights:
             raise ConfigError(f"model.weights: timm has none of {name}; model.weights=null or FILE")
         return None
-    file = Path(weights).expanduser()
-    if file.is_file() or looks_like_path(weights):
-        return file
+    if Path(weights).expanduser().is_file() or looks_like_path(weights):
+        return existing_file(weights)
     raise ConfigError(
         f"model.weights: '{weights}'; choose DEFAULT, null, or a file. Other weights of timm are "
         f"part of the name: model.name={name.partition('.')[0]}.{weights}"

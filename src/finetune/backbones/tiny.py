@@ -6,7 +6,12 @@ from pathlib import Path
 from torch import nn
 
 from finetune.backbones.base import Backbone
-from finetune.backbones.weights import load_weights, looks_like_path, read_state_dict
+from finetune.backbones.weights import (
+    existing_file,
+    load_weights,
+    looks_like_path,
+    read_state_dict,
+)
 from finetune.errors import CheckpointError, ConfigError
 from finetune.specs import InputSpec
 
@@ -38,6 +43,12 @@ def tiny(weights: str | None = "letters", input_size: int | None = None) -> Back
     return Backbone(net, 128, spec, {"family": "tiny", "input_size": size})
 
 
+def check(weights: str | None = "letters", input_size: int | None = None) -> None:
+    """Raise ConfigError or CheckpointError for weights or a file that there are not."""
+    if weights is not None:
+        _weights_file(weights)
+
+
 def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
@@ -54,7 +65,6 @@ def _weights_file(weights: str) -> Path:
                 "or start from scratch with model.weights=null"
             )
         return LETTERS
-    file = Path(weights).expanduser()
-    if not file.is_file() and not looks_like_path(weights):
+    if not Path(weights).expanduser().is_file() and not looks_like_path(weights):
         raise ConfigError(f"model.weights: '{weights}'; tiny knows letters, null, or a file")
-    return file
+    return existing_file(weights)

@@ -5,6 +5,7 @@ import logging
 from collections import OrderedDict
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -16,7 +17,13 @@ from torchvision.ops import StochasticDepth
 
 from finetune.backbones.base import Backbone, Recipe, check_size, split_head
 from finetune.backbones.source_head import head_loader
-from finetune.backbones.weights import align_names, load_weights, looks_like_path, read_state_dict
+from finetune.backbones.weights import (
+    align_names,
+    existing_file,
+    load_weights,
+    looks_like_path,
+    read_state_dict,
+)
 from finetune.errors import CheckpointError, ConfigError
 from finetune.network import why_unreachable
 from finetune.specs import InputSpec
@@ -38,12 +45,7 @@ def torchvision(
     evaluation then resizes to it without a crop margin, and the position embeddings of a ViT are
     interpolated. dropout, drop_path: set_dropout and set_drop_path; None leaves the family's own.
     """
-    if name not in (names := list_models(module=models)):
-        close = get_close_matches(name, names, n=5, cutoff=0.5)
-        raise ConfigError(
-            f"model.name: no torchvision classifier '{name}'; "
-            f"{'close: ' if close else 'there are '}{', '.join(close or names)}"
-        )
+    check(name, weights)
     members = get_model_weights(name)
     source = _source(name, weights, members)
     spec = _input_spec(
@@ -92,6 +94,20 @@ def set_drop_path(net: nn.Module, largest: float) -> int:
     return len(paths)
 
 
+def check(name: str, weights: str | None = "DEFAULT", **others: Any) -> None:
+    """Raise ConfigError or CheckpointError for a name, weights or a file that there are not.
+
+    others: arguments of the backbone that are checked elsewhere.
+    """
+    if name not in (names := list_models(module=models)):
+        close = get_close_matches(name, names, n=5, cutoff=0.5)
+        raise ConfigError(
+            f"model.name: no torchvision classifier '{name}'; "
+            f"{'close: ' if close else 'there are '}{', '.join(close or names)}"
+        )
+    _source(name, weights, get_model_weights(name))
+
+
 def _source(
     name: str, weights: str | None, members: type[WeightsEnum]
 ) -> WeightsEnum | Path | None:
@@ -99,9 +115,8 @@ def _source(
         return None
     if weights in members.__members__:
         return members[weights]
-    file = Path(weights).expanduser()
-    if file.is_file() or looks_like_path(weights):
-        return file
+    if Path(weights).expanduser().is_file() or looks_like_path(weights):
+        return existing_file(weights)
     raise ConfigError(
         f"model.weights: {name} has no weights '{weights}'; "
         f"choose {', '.join(members.__members__)}, null, or a file"

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from finetune.checkpoint import why_unreadable
 from finetune.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -40,24 +41,29 @@ def looks_like_path(weights: str) -> bool:
     return "/" in weights or "\\" in weights or Path(weights).suffix != ""
 
 
+def existing_file(weights: str | Path) -> Path:
+    """A weights file as a path, ~ expanded. Raises CheckpointError if there is none."""
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"model.weights: no such weights file: {path}")
+    return path
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name, on the CPU, from a .safetensors file or a torch file.
 
     A torch file is a state dict or a dict that holds one (a training checkpoint). It is read with
     weights_only=True: a file can never run code.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"no such weights file: {path}")
+    path = existing_file(path)
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in any of a dozen ways
-        reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} is not a weights file that can be read: {reason}. Expected .safetensors, "
-            "or what torch.save(net.state_dict(), FILE) writes"
+            f"{path} is not a weights file that can be read: {why_unreadable(path, error)}. "
+            "Expected .safetensors, or what torch.save(net.state_dict(), FILE) writes"
         ) from error
     state = _find_state_dict(content)
     if state is None:

@@ -165,11 +165,7 @@ def limit_train(splits: Splits, shots: int | None, fraction: float | None, seed:
     A class keeps at least one image. With one seed, fewer shots are a subset of more shots. Images
     with several labels go by the rarest one of each; shots are not for them.
     """
-    if shots is not None and fraction is not None:
-        raise ConfigError(
-            f"data.shots={shots} and data.fraction={fraction:g} both limit train; "
-            "set one of them to null"
-        )
+    check_limits(shots, fraction)
     if shots is not None and shots < 1:
         raise ConfigError(f"data.shots={shots}: at least 1 image per class, or null for all")
     if fraction is not None and not 0 < fraction <= 1:
@@ -211,6 +207,15 @@ def stratified(labels: Sequence[int], most: int, seed: int) -> list[int]:
         for i, position in enumerate(shuffled.tolist())
     ]
     return sorted(position for _, position in sorted(shares)[:most])
+
+
+def check_limits(shots: int | None, fraction: float | None) -> None:
+    """Raise ConfigError if both are given; a data leaf may give one."""
+    if shots is not None and fraction is not None:
+        raise ConfigError(
+            f"data.shots={shots} and data.fraction={fraction:g} both limit train; "
+            "type data.shots=null too, or data.fraction=null"
+        )
 
 
 def check_splits(splits: Splits) -> None:

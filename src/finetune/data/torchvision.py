@@ -41,10 +41,8 @@ def torchvision(
     split_seed: of the 70 / 15 / 15 cut of sets that were published in one piece.
     DataError says which files to put where if they are neither there nor can be downloaded.
     """
-    known = SETS.get(name)
-    if known is None:
-        close = difflib.get_close_matches(name, SETS, cutoff=0.4) or SETS
-        raise ConfigError(f"data.name: no torchvision set '{name}'; close: {', '.join(close)}")
+    check(name)
+    known = SETS[name]
     if known.needs_scipy and importlib.util.find_spec("scipy") is None:
         raise DataError(f"data={name} has labels in MATLAB's format: pip install scipy")
 
@@ -65,6 +63,14 @@ def torchvision(
     if list(images) == ["train"]:
         return cut_splits(images["train"], classes, split_seed)
     return Splits(classes, images["train"], images.get("val"), images["test"])
+
+
+def check(name: str, **others: Any) -> None:
+    """Raise ConfigError if there is no set of that name. others: arguments of torchvision."""
+    if name not in SETS:
+        close = difflib.get_close_matches(name, SETS)
+        hint = f"close: {', '.join(close)}" if close else f"there are: {', '.join(SETS)}"
+        raise ConfigError(f"data.name: no torchvision set '{name}'; {hint}")
 
 
 @dataclass(frozen=True)
