@@ -357,7 +357,7 @@ def test_an_unknown_name_shows_close_ones():
         ConfigError, match=r"data\.name: no torchvision set 'cifar'; close: cifar10"
     ):
         torchvision("cifar")
-    with pytest.raises(ConfigError, match="close: cifar10, cifar100, flowers102"):
+    with pytest.raises(ConfigError, match="there are: cifar10, cifar100, flowers102"):
         torchvision("xyzw")
 
 
