@@ -58,6 +58,13 @@ def test_what_has_no_effect_is_told(command):
     assert "does no more than strategy=linear_probe in this run of 10 epochs" in done.out
 
 
+def test_a_sweep_is_refused(command, tmp_path):
+    done = command("layers", "-m", "strategy=full,lp_ft")
+    assert done.code == 1
+    assert "leave out -m" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
