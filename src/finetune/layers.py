@@ -1,5 +1,6 @@
 """The layers of a model and what a strategy does with them; trains nothing, downloads nothing."""
 
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -7,11 +8,14 @@ import hydra
 from omegaconf import DictConfig
 
 from finetune import cli
+from finetune.errors import ConfigError
 from finetune.overrides import CONF
 
 
 def main() -> NoReturn:
     """Entry point of python -m finetune.layers."""
+    if {"-m", "--multirun"}.intersection(sys.argv):
+        cli.fail(ConfigError("this lists one model at a time; leave out -m"))
     cli.command("layers", task)
 
 
