@@ -110,7 +110,7 @@ def test_a_checkpoint_of_before_there_were_several_heads_is_read(tmp_path, train
     del content["head"]
     checkpoint.save(tmp_path / "best.ckpt", content)
     saved = checkpoint.read(tmp_path / "best.ckpt")
-    head = heads.rebuild(saved.head, 128, len(saved.classes))
+    head = heads.rebuild(saved.head, 128, len(saved.classes), "best.ckpt")
     head.load_state_dict({k: saved.state_dict[f"head.{k}"] for k in ("weight", "bias")})
 
 
@@ -119,8 +119,8 @@ def test_a_checkpoint_of_before_there_were_several_heads_is_read(tmp_path, train
     [{"kind": "os.abort"}, {}, {"kind": "linear", "depth": 3}, {"kind": "mlp", "hidden": -1}],
 )
 def test_what_a_checkpoint_says_of_its_head_is_never_code(recipe):
-    with pytest.raises(CheckpointError, match="head"):
-        heads.rebuild(recipe, 8, 3)
+    with pytest.raises(CheckpointError, match=r"best\.ckpt: .* head"):
+        heads.rebuild(recipe, 8, 3, "best.ckpt")
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(train, monkeypatch):

@@ -115,22 +115,31 @@ def keep(backbone: Backbone, classes: tuple[str, ...]) -> Head:
             f"head=keep: the head has {source.num_classes} outputs and the data {len(classes)} "
             "classes; type head=linear for a new one"
         )
-    head = rebuild(source.recipe, backbone.num_features, source.num_classes)
-    head.load_state_dict(source.state)
+    head = rebuild(source.recipe, backbone.num_features, source.num_classes, "head=keep")
+    try:
+        head.load_state_dict(source.state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"head=keep: {source.recipe} does not fit its weights: {reason}"
+        ) from error
     log.info("head: kept; its outputs are taken to be, in order: %s", listed(classes, most=10))
     return head
 
 
-def rebuild(recipe: Mapping[str, Any], num_features: int, num_classes: int) -> Head:
-    """The head of a checkpoint, without its weights: calls of our own classes only."""
+def rebuild(recipe: Mapping[str, Any], num_features: int, num_classes: int, source: str) -> Head:
+    """The head of a checkpoint, without its weights: calls of our own classes only.
+
+    source: where recipe was read, for messages.
+    """
     arguments = dict(recipe)
     kind = arguments.pop("kind", None)
     if kind not in KINDS:
-        raise CheckpointError(f"unknown kind of head '{kind}'; there are {', '.join(KINDS)}")
+        raise CheckpointError(f"{source}: unknown kind of head '{kind}'")
     try:
         return KINDS[kind](num_features, num_classes, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{dict(recipe)} does not describe a head: {error}") from error
+        raise CheckpointError(f"{source}: {recipe} does not describe a head: {error}") from error
 
 
 def _to_zero(layer: nn.Linear) -> None:

@@ -37,7 +37,7 @@ def load(run: str | Path, target: str | None = None) -> Loaded:
         )
     saved = checkpoint.read(path)
     backbone = rebuild(saved, path, target)
-    head = heads.rebuild(saved.head, backbone.num_features, len(saved.classes))
+    head = heads.rebuild(saved.head, backbone.num_features, len(saved.classes), str(path))
     model = Classifier(backbone, saved.classes, head)
     try:
         model.load_state_dict(saved.state_dict)
