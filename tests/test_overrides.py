@@ -33,7 +33,7 @@ def refused(*arguments, command="train"):
     [
         ("model=resnet51", "model=resnet51: no such option in conf/model/; close: resnet50"),
         ("data=cifar", "close: cifar10, cifar100"),
-        ("strategy=qqqq", "strategy=qqqq: no such option in conf/strategy/; there are: full, gra"),
+        ("strategy=qqqq", "strategy=qqqq: no such option in conf/strategy/; there are: auto, full"),
         ("epoch=3", "epoch: no such key; close: epochs"),
         (
             "trainer.device=1",
@@ -45,7 +45,7 @@ def refused(*arguments, command="train"):
         ("experiment=nothing", "experiment=nothing: no such option in conf/experiment/; there are"),
         (
             "strategy@strategy.then=layer_decay",
-            "strategy@strategy.then: no such choice with strategy=full; options with it: gradual",
+            "strategy@strategy.then: no such choice with strategy=auto; options with it: gradual",
         ),
         ("epochs", "epochs: not of the form key=value"),
         ("epochs=[1", "not of the form key=value"),
@@ -61,7 +61,7 @@ def refused(*arguments, command="train"):
         ("hydra.rum.dir=x", "hydra.rum.dir: no such key; close: hydra.run.dir"),
         (
             "optimizer=null",
-            "optimizer=null: one must be chosen; there are: adamw, adamw",
+            "optimizer=null: one must be chosen; there are: adamw, auto, sgd",
         ),
         ("model=null", "model=null: one must be chosen; there are: "),
         ("~optimizer", "~optimizer: one must be chosen; type optimizer=NAME, one of adamw,"),

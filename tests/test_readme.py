@@ -348,6 +348,8 @@ def test_options_build_as_they_are_written(group, reader, monkeypatch):
     for place in ("torch.cuda.device_count", "finetune.check.usable_cores"):
         monkeypatch.setattr(place, lambda: 2)
     overrides = group.split()
+    if group == "head=keep":
+        overrides += ["model=run", "model.path=RUN"]  # of ants, bees and cats too
     if not any(word.startswith("data=") for word in overrides):
         overrides += ["data=image_folder", "data.root=photos"]  # whose model is resnet50
     if "model" not in group:

@@ -400,7 +400,10 @@ def _head_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:
         return
     kind, key = str(cfg.head.get("_target_")).rpartition(".")[2], "head.init"
     if cfg.head.get("init") == "ridge" and kind != "linear":
-        yield key, f"{key}=ridge: the closed form is that of a linear layer, not {kind}; head=linear"
+        yield (
+            key,
+            f"{key}=ridge: the closed form is that of a linear layer, not {kind}; head=linear",
+        )
     elif cfg.head.get("init") == "ridge" and str(cfg.task.get("_target_")).endswith("Multilabel"):
         yield key, f"{key}=ridge: for one label per image; with task=multilabel type {key}=zero"
     if kind == "keep" and OmegaConf.select(cfg, "model.weights", default="") is None:

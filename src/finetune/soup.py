@@ -117,7 +117,7 @@ def soup(cfg: DictConfig) -> None:
 
 def typed(cfg: DictConfig) -> list[str]:
     """Overrides of what the runs were started with."""
-    from finetune.overrides import quoted
+    from finetune.typed import quoted
 
     values = {
         "data.root": cfg.data.root,
