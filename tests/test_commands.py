@@ -17,6 +17,7 @@ import finetune
 from conftest import SMALL, facts_of, metrics_of, write_photos
 from finetune import checkpoint
 from finetune.data.read import read_image
+from finetune.train import why_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -356,3 +357,19 @@ def test_a_killed_run_is_taken_up_again(tmp_path):
         for folder in (run, tmp_path / "whole")
     )
     assert curves == expected
+
+
+@pytest.mark.parametrize(
+    ("choices", "weights", "said"),
+    [
+        (
+            {"model": "resnet50", "data": "csv"},
+            "DEFAULT",
+            "resnet50 with its weights DEFAULT, since",
+        ),
+        ({"model": "resnet50", "data": "csv"}, None, "resnet50 from scratch, since"),
+        ({"model": "tiny", "data": "digits"}, "letters", "tiny, since no model= was given and it"),
+    ],
+)
+def test_a_run_says_which_model_it_took_and_why(choices, weights, said):
+    assert why_model([], choices, weights).startswith(said)

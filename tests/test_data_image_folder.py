@@ -211,3 +211,9 @@ def test_a_folder_without_permission_is_named(tree, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"photos/train/b cannot be read: Permission denied"):
         image_folder(root)
+
+
+def test_folders_beside_the_splits_are_named(tree, caplog):
+    root = tree("train/a/1.png", "train/b/1.png", "test/a/2.png", "test/b/2.png", "dev/a/3.png")
+    assert image_folder(root).val is None
+    assert "left out the folders 'dev', which are neither train, val nor test" in caplog.text

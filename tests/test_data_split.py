@@ -183,3 +183,8 @@ def test_good_splits_pass_in_silence(caplog):
 def test_long_lists_are_cut():
     assert listed(["a", "b"]) == "'a', 'b'"
     assert listed([str(i) for i in range(22)]).endswith("'19', and 2 more")
+
+
+def test_too_few_images_to_cut_are_refused_with_what_to_do():
+    with pytest.raises(DataError, match=r"4 images of 2 classes cannot be cut.*Add images"):
+        cut_splits(LabelledImages.of(range(4), [0, 0, 1, 1]), ("a", "b"), seed=0)

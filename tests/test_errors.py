@@ -280,3 +280,30 @@ def test_a_mistake_in_a_real_process_is_one_message(tmp_path):
     assert done.stderr.splitlines()[0] == "error: 2 mistakes in what was typed"
     assert len(done.stderr.splitlines()) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_image_is_named_whoever_reads_it(refused, tmp_path, num_workers):
+    root = write_photos(tmp_path / "photos")
+    damaged = root / "train" / "bee" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    message = refused(
+        "train", *MODEL, "data=image_folder", f"data.root={root}", f"num_workers={num_workers}",
+        "hydra.run.dir=run", "logger=csv",
+    )  # fmt: skip
+    assert len(message.splitlines()) == 1
+    assert str(damaged) in message
+    assert facts_of(tmp_path / "run")["error"] == message.removeprefix("error: ").rstrip()
+
+
+def test_top5_of_three_classes_is_refused_before_the_training(refused, tmp_path):
+    message = refused("train", *SMALL, "monitor=val/top5", "hydra.run.dir=run")
+    assert "monitor=val/top5: not measured with 3 classes; there are val/loss" in message
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_a_batch_of_one_image_is_refused_where_batchnorm_trains(refused, command):
+    message = refused("train", *SMALL, "batch_size=1")
+    assert "batch_size=1: the BatchNorm of this network" in message
+    probe = ("strategy=linear_probe", "max_steps=2", "logger=csv")
+    assert command("train", *SMALL, "batch_size=1", *probe).code == 0

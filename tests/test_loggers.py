@@ -3,7 +3,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import facts_of, metrics_of
+from conftest import SMALL, facts_of, metrics_of, series
 from finetune.loggers import MetricsFile, TensorBoard
 
 
@@ -100,3 +100,18 @@ def test_a_resume_purges_later_points_of_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in points] == [
         (0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0), (5, 15.0), (6, 16.0), (7, 17.0),
     ]  # fmt: skip
+
+
+def test_a_short_run_has_curves_too(train):
+    run = train("max_steps=3", "trainer.log_every_n_steps=10")
+    assert len(series(run, "train/loss")) == 1
+
+
+def test_images_per_second_is_measured_where_an_epoch_is_one_batch(train):
+    assert facts_of(train("batch_size=64", "epochs=25"))["images_per_second"] > 0
+
+
+def test_a_model_that_was_not_trained_has_a_confusion_matrix(command, tmp_path):
+    assert command("train", *SMALL, "max_steps=0", "hydra.run.dir=run").code == 0
+    board = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
+    assert "val/confusion_matrix" in board.Tags()["images"]

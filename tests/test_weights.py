@@ -191,3 +191,13 @@ def test_a_truncated_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CheckpointError, match=r"cut\.pt is not a weights file that can be read"):
         read_state_dict(path)
+
+
+def test_weights_of_nan_throughout_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    diverged = {
+        name: value if name.endswith("num_batches_tracked") else torch.full_like(value, torch.nan)
+        for name, value in net.state_dict().items()
+    }
+    with pytest.raises(CheckpointError, match=r"does not fit.*6 of its tensors are NaN"):
+        load_weights(net, diverged, "w.pt")

@@ -145,6 +145,7 @@ def build_trainer(
             plugins=[WholeCheckpointIO()],
             deterministic=cfg.deterministic,
             num_sanity_val_steps=0,
+            log_every_n_steps=max(1, min(cfg.trainer.log_every_n_steps, budget.total_steps)),
             enable_checkpointing=False,  # ours are whole or absent, and hold what a reader needs
             enable_model_summary=False,
             enable_progress_bar=sys.stdout.isatty(),

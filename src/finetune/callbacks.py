@@ -268,7 +268,7 @@ class StopSignals(Callback):
 
 
 class Throughput(Callback):
-    """Training images per second: the first 20 steps, validation and checkpoints left out."""
+    """Training images per second: the first 20 steps and validation left out."""
 
     SKIP = 20
 
@@ -285,7 +285,7 @@ class Throughput(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Begin the clock anew: what was between the epochs is not training."""
-        self._last = None
+        self._last = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -311,13 +311,10 @@ class Throughput(Callback):
 
 
 class Pictures(Callback):
-    """What a person wants to see in TensorBoard: augmented images, the confusion matrix of val."""
-
-    def __init__(self, best: BestCheckpoint) -> None:
-        self.best = best
+    """What a person wants to see in TensorBoard first: training images as the model gets them."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show 32 training images as the model gets them."""
+        """Show 32 of them."""
         writer = tensorboard(trainer)
         if writer is None or trainer.global_step > 0:
             return
@@ -330,21 +327,21 @@ class Pictures(Callback):
             images = images.repeat_interleave(4, -1).repeat_interleave(4, -2)
         writer.experiment.add_image("train/augmented", make_grid(images, nrow=8), 0)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the confusion matrix of the best epoch."""
-        writer = tensorboard(trainer)
-        if writer is None or self.best.confusion is None:
-            return
-        assert isinstance(pl_module, Task)
-        figure = confusion_figure(self.best.confusion, pl_module.model.classes)
-        writer.experiment.add_figure("val/confusion_matrix", figure, self.best.best["step"])
-
 
 def tensorboard(trainer: L.Trainer) -> TensorBoard | None:
     """The TensorBoard logger of this rank, if there is one."""
     if not trainer.is_global_zero:
         return None
     return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoard)), None)
+
+
+def show_confusion(trainer: L.Trainer, best: BestCheckpoint, classes: tuple[str, ...]) -> None:
+    """Draw the confusion matrix of val, at the best, in TensorBoard."""
+    writer = tensorboard(trainer)
+    if writer is None or best.confusion is None:
+        return
+    figure = confusion_figure(best.confusion, classes)
+    writer.experiment.add_figure("val/confusion_matrix", figure, best.best["step"])
 
 
 def confusion_figure(confusion: Tensor, classes: tuple[str, ...]) -> Any:

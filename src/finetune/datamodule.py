@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S), labels int64 (B,)
 
 
-class TransformedImages(Dataset[tuple[Tensor, int]]):
+class TransformedImages(Dataset[tuple[Tensor, int] | DataError]):
     """One split, transformed; asked with (epoch, position) so that augmentation needs no state."""
 
     def __init__(self, images: LabelledImages, transform: Transform, seed: int) -> None:
@@ -29,24 +29,33 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, where: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, where: tuple[int, int]) -> tuple[Tensor, int] | DataError:
         epoch, position = where
-        image, label = self.images[position]
+        try:
+            image, label = self.images[position]
+        except DataError as error:
+            return error  # raised in a worker it would become a traceback
         return seeded(self.transform, image, stable_hash(self.seed, epoch, position)), label
 
 
-class LazyLoader(DataLoader[tuple[Tensor, int]]):
+class LazyLoader(DataLoader[tuple[Tensor, int] | DataError]):
     """A DataLoader that asks its sampler when the first batch is drawn, not at iter().
 
     Lightning calls iter() before the epoch's counters are set, and workers prefetch at once.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
-        yield from super().__iter__()
+        for batch in super().__iter__():
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
-def collate(samples: list[tuple[Tensor, int]]) -> Batch:
-    """Stack images (B, 3, S, S) and labels (B,)."""
+def collate(samples: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
+    """Stack images (B, 3, S, S) and labels (B,); or the first error, to be raised by the loader."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels)
 
@@ -95,7 +104,10 @@ class DataModule(L.LightningDataModule):
         """The first augmented images of the run, uint8 (N, 3, S, S): to look at."""
         order = epoch_order(len(self.splits.train), self.seed, epoch=0)[:most]
         images = TransformedImages(self.splits.train, self.train_transform, self.seed)
-        return torch.stack([images[0, position][0] for position in order])
+        batch = collate([images[0, position] for position in order])
+        if isinstance(batch, DataError):
+            raise batch
+        return batch[0]
 
     def _loader(
         self, name: str, images: LabelledImages, transform: Transform, shuffle: bool = False

@@ -30,6 +30,7 @@ from finetune.callbacks import (
     StepCheckpoints,
     StopSignals,
     Throughput,
+    show_confusion,
     tensorboard,
 )
 from finetune.cli import shown_path
@@ -37,6 +38,7 @@ from finetune.data.base import LabelledImages, Splits
 from finetune.datamodule import DataModule
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.loggers import end_wandb
+from finetune.model import Classifier
 from finetune.record import Record
 from finetune.tasks.base import Task, parameter_counts
 from finetune.tasks.classification import per_class_accuracy
@@ -94,7 +96,7 @@ def train_and_test(
     parts = prepare(cfg, why_model)
     resume_from, resumed_at = find_resume(cfg, run)
     best, throughput = BestCheckpoint(run, cfg.monitor), Throughput()
-    callbacks: list[Callback] = [throughput, best, Pictures(best), steps, stop]
+    callbacks: list[Callback] = [throughput, best, Pictures(), steps, stop]
     if cfg.max_steps is not None:
         callbacks.insert(0, MaxSteps(cfg.max_steps))
     if cfg.patience is not None:
@@ -108,6 +110,7 @@ def train_and_test(
         trainer.fit(parts.task, parts.datamodule, ckpt_path=resume_from, weights_only=True)
     if best.validated_step != trainer.global_step:  # nothing was trained, or max_steps is 0
         trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)
+    show_confusion(trainer, best, parts.splits.classes)
     results = measure_best(trainer, parts, best)
 
     if record:
@@ -130,7 +133,8 @@ def train_and_test(
         splits = {"val": results.val} | ({"test": results.test} if results.test else {})
         print_metrics(splits, results.per_class, results.per_class_split)
         log.info("run: %s", shown_path(run))
-        log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
+        if tensorboard(trainer):
+            log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
     budget = build.build_budget(cfg, len(splits.train))
     task = build.build_task(cfg, model, budget)
     task.freeze_what_never_trains()
+    check_monitor(cfg.monitor, task)
+    check_batch(cfg.batch_size, model)
     counts = (f"{name} {len(images)}" for name, images in named_splits(splits).items())
     log.info("data: %s, %d classes", ", ".join(counts), len(splits.classes))
     log.info("{:,} of {:,} parameters train".format(*parameter_counts(model)))
@@ -160,6 +166,26 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
         "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs",
     )  # fmt: skip
     return Parts(splits, budget, task, build.build_datamodule(cfg, splits, model))
+
+
+def check_monitor(monitor: str, task: Task) -> None:
+    """Raise ConfigError before the training for what only the number of classes can tell."""
+    known = [f"val/{name}" for name in task.metric_names]
+    if monitor not in known:
+        raise ConfigError(
+            f"monitor={monitor}: not measured with {len(task.model.classes)} classes; "
+            f"there are {', '.join(known)}"
+        )
+
+
+def check_batch(batch_size: int, model: Classifier) -> None:
+    """Raise ConfigError if BatchNorm would train on single images."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if batch_size == 1 and any(p.requires_grad for norm in norms for p in norm.parameters()):
+        raise ConfigError(
+            "batch_size=1: the BatchNorm of this network cannot train on single images; type "
+            "batch_size=2 or more, or strategy=linear_probe"
+        )
 
 
 def facts_of(parts: Parts, cfg: DictConfig) -> dict[str, Any]:
@@ -364,7 +390,7 @@ def print_metrics(
         measured = sorted(measured, key=lambda item: item[1])[:20]
         title += f", the 20 worst of {len(per_class)}"
     listed = ", ".join(f"{name} {value:.2f}" for name, value in measured)
-    console.print(f"{title}: {listed}", highlight=False, markup=False)
+    console.print(f"{title}: {listed}", highlight=False, markup=False, soft_wrap=True)
 
 
 def tensorboard_folder(run: Path) -> Path:

@@ -51,7 +51,7 @@ def task(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     run = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
-    why = why_model(overrides, hydra_cfg.runtime.choices)
+    why = why_model(overrides, hydra_cfg.runtime.choices, cfg.model.get("weights"))
 
     def job() -> None:
         if cfg.resume is None or not is_finished(run):
@@ -67,7 +67,7 @@ def task(cfg: DictConfig) -> None:
     cli.guarded(overrides, run, job)
 
 
-def why_model(overrides: Sequence[str], choices: Mapping[str, str]) -> str:
+def why_model(overrides: Sequence[str], choices: Mapping[str, str], weights: str | None) -> str:
     """Which model a run takes, and why."""
     model, data = choices["model"], choices["data"]
     if any(override.startswith("model=") for override in overrides):
@@ -76,7 +76,8 @@ def why_model(overrides: Sequence[str], choices: Mapping[str, str]) -> str:
         return f"{model}, with experiment={choices['experiment']}"
     if model == "tiny":
         return f"tiny, since no model= was given and it is made for the 8 x 8 images of data={data}"
-    return f"{model} with its pretrained weights, since no model= was given"
+    how = "from scratch" if weights is None else f"with its weights {weights}"
+    return f"{model} {how}, since no model= was given"
 
 
 if __name__ == "__main__":  # where the package is installed without a checkout

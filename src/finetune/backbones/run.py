@@ -34,6 +34,9 @@ def run(path: str, input_size: int | None = None, target: str | None = None) -> 
                 f"{saved.input_spec.size} pixels and takes no other; leave model.input_size out"
             ) from error
         raise misfit(best, saved, error) from error
+    log.info(
+        "loaded all %d tensors of the backbone from %s; its head stays behind", len(names), best
+    )
     return backbone
 
 

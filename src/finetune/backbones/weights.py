@@ -27,6 +27,7 @@ _HOLDERS = (
 )
 # what wrappers put in front of a name: DataParallel and DDP, Lightning, torch.compile, ourselves
 _PREFIXES = ("module.", "model.", "backbone.", "net.", "_orig_mod.")
+_COUNTER = "num_batches_tracked"
 # names in torchvision's own files that its modules no longer have
 _RENAMED = (
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)"), r"\1"),
@@ -110,17 +111,17 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     backbone tensor of another shape, is a CheckpointError; a backbone matched in part a warning.
     """
     own = net.state_dict()
+    aligned = align_names(state, own)
     # NaN is how vgg16's IMAGENET1K_FEATURES marks the layers that it does not have
-    state = {
-        name: tensor
-        for name, tensor in align_names(state, own).items()
-        if not (tensor.is_floating_point() and tensor.isnan().any())
-    }
+    broken = [name for name, tensor in aligned.items() if tensor.isnan().any()]
+    state = {name: tensor for name, tensor in aligned.items() if name not in broken}
     matching = [name for name in own if name in state]
-    if not matching:
+    # files older than PyTorch 0.4.1 do not count BatchNorm's batches, and nothing needs them
+    if all(name.endswith(_COUNTER) for name in matching):
         raise CheckpointError(
-            f"{source} does not fit this model: no name in common. The model has "
-            f"{_some(own)}; the weights have {_some(state)}"
+            f"{source} does not fit this model: "
+            + (f"{len(broken)} of its tensors are NaN" if broken else "no name in common")
+            + f". The model has {_some(own)}; the weights have {_some(aligned)}"
         )
     clashes = [
         f"{name} {tuple(state[name].shape)}, the model {tuple(own[name].shape)}"
@@ -134,16 +135,16 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         )
     net.load_state_dict(own | {name: state[name] for name in matching})
 
-    # files older than PyTorch 0.4.1 do not count BatchNorm's batches, and nothing needs them
-    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    missing = [name for name in own if name not in state and not name.endswith(_COUNTER)]
     log.log(
         logging.WARNING if missing else logging.INFO,
-        "loaded %d of %d tensors from %s; missing: %s; left over: %s",
+        "loaded %d of %d tensors from %s; missing: %s; left over: %s%s",
         len(matching),
         len(matching) + len(missing),
         source,
         _some(missing),
         _some([name for name in state if name not in own]),
+        f"; NaN: {_some(broken)}" if broken else "",
     )
 
 

@@ -113,6 +113,11 @@ def _split_folders(root: Path) -> dict[str, Path]:
     # A class may be called train, among others: bus, car, train
     if len(found) == 1 and len(folders) > 1 and not _holds_folders(*found.values()):
         return {}
+    if found and (others := [path.name for path in folders if path not in found.values()]):
+        log.warning(
+            "%s: left out the folders %s, which are neither train, val nor test",
+            printable(root), listed(others),
+        )  # fmt: skip
     return found
 
 

@@ -51,6 +51,11 @@ def cut(
 def cut_splits(images: LabelledImages, classes: tuple[str, ...], seed: int) -> Splits:
     """Splits of a set that is published or stored in one piece: 70, 15 and 15 %, stratified."""
     train, val, test = cut(images.labels, TRAIN_VAL_TEST, seed, classes)
+    if images.labels and not val:
+        raise DataError(
+            f"{len(images)} images of {len(classes)} classes cannot be cut into train, val and "
+            "test: no class has three images. Add images, or make the splits yourself"
+        )
     return Splits(classes, images.subset(train), images.subset(val), images.subset(test))
 
 

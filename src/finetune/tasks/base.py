@@ -27,6 +27,7 @@ class Task(L.LightningModule):
     """
 
     last_confusion: Tensor | None  # (K, K) counts of the last evaluation, rows are labels
+    metric_names: tuple[str, ...]  # what val/ and test/ are measured by
 
     def __init__(
         self,

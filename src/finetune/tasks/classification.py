@@ -21,6 +21,7 @@ class Classification(Task):
         num_classes = len(self.model.classes)
         self.val_metrics = SplitMetrics("val", num_classes)
         self.test_metrics = SplitMetrics("test", num_classes)
+        self.metric_names = ("loss", *self.val_metrics.metrics)
         self.last_confusion = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
