@@ -180,3 +180,16 @@ def test_the_choices_are_told_and_kept(command, tmp_path):
     assert "optimizer.lr" not in told
     assert facts["config"]["optimizer"]["lr"] == 0.003
     assert facts["config"]["schedule"]["warmup"] == told["schedule.warmup"]["value"]
+
+
+def test_auto_starts_a_pretrained_network_as_a_linear_probe_and_averages_it():
+    values = chosen(recipes.auto)
+    assert (values["head.init"], values["ema"]) == ("ridge", 0.999)
+    for other in (
+        chosen(recipes.auto, model=replace(RESNET, pretrained=False)),
+        chosen(recipes.auto, model=replace(RESNET, linear_head=False)),
+        chosen(recipes.auto, replace(PHOTOS, single_label=False)),
+    ):
+        assert "head.init" not in other
+    small = chosen(recipes.auto, model=replace(RESNET, num_parameters=300_000))
+    assert not {"head.init", "ema"} & small.keys()

@@ -29,7 +29,7 @@ class DataFacts:
 
     def epochs(self, steps: int, accumulate: int = 1) -> int:
         """Epochs that hold so many optimizer steps."""
-        batches = max(1, self.num_images // self.batch)
+        batches = ceil(self.num_images / self.batch)
         return ceil(steps / ceil(batches / accumulate))
 
 
@@ -148,9 +148,11 @@ def auto(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
         Choice("augment", "light", "random resized crop and flip: every recipe for few images"),
         Choice("mixup", 0.1 if many else None,
                f"{'from' if many else 'only from'} {LARGE_DATA:,} images on: BiT-HyperRule"),
-        Choice("ema", 0.999, "warmed up, so that it never lags: +0 to +2 points"),
         Choice("trainer.gradient_clip_val", 1.0, "a step is never wild: big_vision, AutoGluon"),
     ]  # fmt: skip
+    if name == "small network":  # it learns a new head in a few steps, and val was no better
+        return choices
+    choices.append(Choice("ema", 0.999, "warmed up, so that it never lags behind a short run"))
     if data.single_label and model.linear_head and model.pretrained:
         choices.append(
             Choice("head.init", "ridge", "starts as a linear probe, bends no features: Kumar 2022")
