@@ -16,7 +16,7 @@ RUN = (
     "data=fake", "data.num_classes=4", "data.num_images=80", "data.image_size=32",
     "model=resnet18", "model.weights=null", "model.input_size=32",
     "optimizer=sgd", "optimizer.lr=0.001", "schedule=constant",
-    "augment=none", "batch_size=8", "epochs=4", "max_steps=20",
+    "recipe=textbook", "augment=none", "batch_size=8", "epochs=4", "max_steps=20",
     "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "logger=csv",
 )  # fmt: skip
 

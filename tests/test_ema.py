@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import finetune
-from conftest import SMALL, composed, facts_of, series
+from conftest import SMALL, composed, facts_of, plain, series
 from finetune import build, checkpoint
 from finetune.callbacks import Interrupted
 from finetune.ema import EMA, decay_at
@@ -117,7 +117,7 @@ def test_a_frozen_layer_is_its_own_average_bit_for_bit(watched):
 @pytest.fixture
 def fitted(tmp_path):
     """A task that was trained, its data, its trainer and its average."""
-    cfg = composed(*SMALL)
+    cfg = plain(*SMALL)
     splits = build.build_splits(cfg)
     model = build.build_model(cfg, splits.classes)
     budget = build.build_budget(cfg, len(splits.train))
@@ -163,8 +163,17 @@ def test_before_any_training_there_is_nothing_to_stand_in(train):
 @pytest.mark.slow
 def test_an_average_that_a_run_is_too_short_for_does_not_ruin_it(tmp_path):
     # without warm-up .999 would leave 90 % of the start after 100 steps, and a chance of .1
-    digits = ("data=digits", "data.shots=10", "batch_size=16", "max_steps=100", "logger=csv",
-              "trainer.accelerator=cpu")  # fmt: skip
+    digits = (
+        "data=digits",
+        "data.shots=10",
+        "batch_size=16",
+        "max_steps=100",
+        "logger=csv",
+        "trainer.accelerator=cpu",
+        "recipe=none",
+        "optimizer=adamw",
+        "optimizer.lr=0.001",
+    )
     accuracies = []
     for ema in ("null", "0.999"):
         fit(composed(*digits, f"ema={ema}"), tmp_path / ema, [], "as asked for")

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 
-from conftest import SMALL, assert_same_end, composed, finish, same
+from conftest import SMALL, assert_same_end, finish, plain, same
 from finetune import build, checkpoint
 from finetune.callbacks import StepCheckpoints
 from finetune.fit import quiet_libraries
@@ -74,7 +74,7 @@ class Lose(L.Callback):
 def fit(case, folder, *callbacks, resume=None):
     """Train as composed; returns the task. case: overrides."""
     quiet_libraries()
-    cfg = composed(*RUN, *case)
+    cfg = plain(*RUN, *case)
     splits = build.build_splits(cfg)
     model = build.build_model(cfg, splits.classes)
     budget = build.build_budget(cfg, len(splits.train))

@@ -11,7 +11,7 @@ from sklearn.linear_model import RidgeClassifier, RidgeClassifierCV
 from torch import nn
 from torchvision import models
 
-from conftest import SMALL, composed, facts_of
+from conftest import SMALL, composed, facts_of, plain
 from finetune import build, checkpoint, fit, heads
 from finetune.backbones.module import module
 from finetune.backbones.run import run as backbone_of
@@ -157,7 +157,7 @@ def digits(tmp_path):
 
 def features_of(*overrides):
     """Features and labels by split, by the untrained model."""
-    cfg = composed(*DIGITS, *overrides)
+    cfg = plain(*DIGITS, *overrides)
     splits = build.build_splits(cfg)
     model = build.build_model(cfg, splits.classes)
     datamodule = build.build_datamodule(cfg, splits, model)
