@@ -30,7 +30,7 @@ FROZEN_PAIRS = {
 # 5 steps an epoch; weight decay and momentum would move a frozen parameter that is stepped
 RUN = (
     *SMALL, "epochs=4", "model=module", "model.weights=null", "model.input_size=8",
-    "optimizer=adamw_small", "schedule=one_cycle", "augment=strong",
+    "optimizer=adamw", "optimizer.lr=0.001", "schedule=one_cycle", "augment=strong",
 )  # fmt: skip
 
 

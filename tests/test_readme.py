@@ -181,7 +181,7 @@ def shortened(arguments):
         added += ["+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1"]
     if cfg.data.get("num_images"):
         added.append("data.num_images=520")  # 10 of each letter
-    if cfg.data.get("root", "").startswith("/"):
+    if (cfg.data.get("root") or "").startswith("/"):
         added.append("data.root=photos")
     return added
 
@@ -352,7 +352,7 @@ def test_options_build_as_they_are_written(group, reader, monkeypatch):
         overrides += ["model=run", "model.path=RUN"]  # of ants, bees and cats too
     if not any(word.startswith("data=") for word in overrides):
         overrides += ["data=image_folder", "data.root=photos"]  # whose model is resnet50
-    if "model" not in group:
+    if "model" not in group and group != "head=keep":
         overrides += ["model=tiny"]  # as good as another, and soon built
     if "model.weights=FILE" in overrides:
         own = "model=module" in overrides
