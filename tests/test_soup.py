@@ -72,7 +72,7 @@ def test_the_best_alpha_is_that_of_val():
 
 def test_a_soup_is_a_run_that_can_be_evaluated(runs, command, tmp_path):
     typed = f"runs=[{runs[0]},{runs[1]}]"
-    done = command("soup", typed, "output=soup", "trainer.accelerator=cpu")
+    done = command("soup", typed, "output=soup", "trainer.accelerator=cpu", "num_workers=0")
     assert done.code == 0, done.err
     facts = facts_of(tmp_path / "soup")
     assert facts["status"] == "finished"

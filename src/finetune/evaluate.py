@@ -32,7 +32,7 @@ def evaluate(cfg: DictConfig) -> None:
     from finetune.files import try_to_write, write_json
     from finetune.overrides import compose_run
     from finetune.restore import load
-    from finetune.typed import quoted
+    from finetune.typed import overrides_of
 
     fit.quiet_libraries()
     run = Path(cfg.run)
@@ -47,10 +47,7 @@ def evaluate(cfg: DictConfig) -> None:
         "trainer.devices": 1,
         "trainer.precision": cfg.trainer.precision,
     }
-    overrides = [
-        f"{k}={quoted(v) if isinstance(v, str) else v}" for k, v in typed.items() if v is not None
-    ]
-    run_cfg = compose_run(run, overrides)
+    run_cfg = compose_run(run, overrides_of(typed))
     resolve.fill_plainly(run_cfg)  # nothing is trained
     target = Path(cfg.output or run) / "metrics.json"
     try:

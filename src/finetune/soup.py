@@ -117,7 +117,7 @@ def soup(cfg: DictConfig) -> None:
 
 def typed(cfg: DictConfig) -> list[str]:
     """Overrides of what the runs were started with."""
-    from finetune.typed import quoted
+    from finetune.typed import overrides_of
 
     values = {
         "data.root": cfg.data.root,
@@ -129,7 +129,7 @@ def typed(cfg: DictConfig) -> list[str]:
         "trainer.devices": 1,
         "trainer.precision": cfg.trainer.precision,
     }
-    return [f"{key}={quoted(str(value))}" for key, value in values.items() if value is not None]
+    return overrides_of(values)
 
 
 def refuse_strangers(

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 # what Hydra's grammar reads as a number or a constant, such as 2024, 2024_01 or 1e3
@@ -16,6 +17,15 @@ def quoted(value: str) -> str:
         return value
     # a backslash stands for itself there, but before a quote
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), value) + "'"
+
+
+def overrides_of(values: Mapping[str, Any]) -> list[str]:
+    """key=value of each value that is not None; a text stays one, whatever it looks like."""
+    return [
+        f"{key}={quoted(value) if isinstance(value, str) else value}"
+        for key, value in values.items()
+        if value is not None
+    ]
 
 
 def to_type(key: str, value: str) -> str:
