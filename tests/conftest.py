@@ -208,3 +208,12 @@ def assert_same_end(run: Path, uninterrupted: Path) -> None:
     for key in ("status", "best", "val", "test", "data", "model", "per_class_accuracy"):
         assert mine[key] == other[key], key
     assert mine["status"] == "finished"
+
+
+def layer_of(task: Any, name: str) -> int:
+    """Layer of an entry of the state dict: head, or where the backbone's modules say."""
+    for layer, modules in enumerate(task.model.layers):
+        if any(name.startswith(f"backbone.net.{module}.") for module in modules):
+            return layer
+    assert name.startswith("head.")
+    return task.model.depth

@@ -146,7 +146,8 @@ def test_ranks_mix_differently_and_end_with_equal_weights_and_averages(tmp_path,
 # every strategy in one pair of processes: to start them takes longer than the training
 FROZEN = """
 import os, pathlib, torch
-from test_frozen import CASES, Watch, fit, layer_of
+from conftest import layer_of
+from test_frozen import CASES, Watch, fit
 
 for number, case in enumerate(CASES):
     watch = Watch()

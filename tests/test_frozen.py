@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 
-from conftest import SMALL, assert_same_end, finish, plain, same
+from conftest import SMALL, assert_same_end, finish, layer_of, plain, same
 from finetune import build, checkpoint
 from finetune.callbacks import StepCheckpoints
 from finetune.fit import quiet_libraries
@@ -83,15 +83,6 @@ def fit(case, folder, *callbacks, resume=None):
     datamodule = build.build_datamodule(cfg, splits, model)
     trainer.fit(task, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     return task
-
-
-def layer_of(task, name):
-    """Layer of an entry of the state dict, by the modules of the layers."""
-    for layer, modules in enumerate(task.model.layers):
-        if any(name.startswith(f"backbone.net.{module}.") for module in modules):
-            return layer
-    assert name.startswith("head.")
-    return task.model.depth
 
 
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import SMALL, metrics_of, plain
+from conftest import SMALL, layer_of, metrics_of, plain
 from finetune import build
 from finetune.strategies.full import Full
 from finetune.strategies.linear_probe import LinearProbe
@@ -56,15 +56,6 @@ def watched(strategy, tmp_path, *overrides):
     trainer = build.build_trainer(cfg, tmp_path, budget, [watch], [])
     trainer.fit(task, datamodule=build.build_datamodule(cfg, splits, model))
     return task, watch
-
-
-def layer_of(task, name):
-    """Layer of an entry of the state dict: head, or where the backbone's modules say."""
-    for layer, modules in enumerate(task.model.layers):
-        if any(name.startswith(f"backbone.net.{module}.") for module in modules):
-            return layer
-    assert name.startswith("head.")
-    return task.model.depth
 
 
 def test_linear_probe_keeps_the_backbone_bit_for_bit(tmp_path):
