@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import same
+from conftest import assert_same_end, facts_of, metrics_of, same
 from finetune import cli, evaluate
 from finetune.overrides import CONF
 from test_frozen import CASES
@@ -32,6 +32,19 @@ def train(*arguments: str, entry: str = "train.py") -> subprocess.CompletedProce
         [sys.executable, entry, *SMALL, *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+def in_ranks(script: str, folder: Path) -> None:
+    """Run a script in a pair of processes that torchrun starts, in a folder of their own."""
+    (folder / "script.py").write_text(script)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = [str(ROOT / "src"), str(ROOT / "tests")]
+    done = subprocess.run(
+        [sys.executable, *launcher, "script.py"],
+        cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # what a rank holds when training ends, before the best checkpoint is loaded again
@@ -162,15 +175,7 @@ for number, case in enumerate(CASES):
 
 @pytest.mark.slow
 def test_under_every_strategy_both_ranks_end_equal_and_frozen_layers_as_they_were(tmp_path):
-    (tmp_path / "frozen.py").write_text(FROZEN)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = [str(ROOT / "src"), str(ROOT / "tests")]
-    done = subprocess.run(
-        [sys.executable, *launcher, "frozen.py"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_ranks(FROZEN, tmp_path)
     for number, case in enumerate(CASES):
         first, second = (
             torch.load(tmp_path / f"case{number}-rank{rank}.pt", weights_only=True)
@@ -234,3 +239,65 @@ def test_a_mistake_that_only_the_ranks_find_is_one_message(tmp_path):
     assert str(tmp_path / "photos") in done.stderr
     assert done.stderr.count("error:") == 1
     assert json.loads(Path(tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+# Lightning starts FSDP on GPUs alone; torch shards on the CPU as well
+SHARDED = """
+import os
+from pathlib import Path
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
+from torch.distributed.fsdp import FullyShardedDataParallel
+from conftest import SMALL, composed
+from finetune.callbacks import StepCheckpoints
+from finetune.fit import fit
+
+class OnCPU(FSDPStrategy):
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+def lose_power(self, trainer, task, optimizer):
+    assert task.model.head.weight.ndim == 1  # this rank's part of it, flattened
+    if trainer.global_step == 7:
+        raise RuntimeError("the power is gone")
+
+def run(name, *more):
+    cfg = composed(*SMALL, *how, "trainer=ddp_cpu", *more)
+    fit(cfg, Path(name), [], "tiny", int(os.environ["RANK"]))
+
+StrategyRegistry.register("fsdp_on_cpu", OnCPU)
+for number, how in enumerate(HOWS):
+    run(f"ddp{number}")
+    sharded = "trainer.strategy=fsdp_on_cpu"
+    run(f"fsdp{number}", sharded)
+    StepCheckpoints.on_before_optimizer_step = lose_power
+    try:
+        run(f"resumed{number}", sharded)
+    except RuntimeError:
+        pass
+    del StepCheckpoints.on_before_optimizer_step
+    run(f"resumed{number}", sharded, f"resume=resumed{number}")
+"""
+# not AdamW: on the CPU torch gathers both of its states into one buffer
+HOWS = [
+    ["strategy=lp_ft", "strategy@strategy.then=layer_decay", "trainer.gradient_clip_val=0.1"],
+    ["strategy=gradual_unfreeze", "optimizer.weight_decay=0.1", "freeze_until=1"],
+]
+
+
+@pytest.mark.slow
+def test_fsdp_trains_as_ddp_does_and_resumes(tmp_path):
+    how = ["epochs=4", "checkpoint.every_n_steps=5"]  # of 3 steps each
+    hows = f"HOWS = {[[*more, *how] for more in HOWS]}"
+    in_ranks(hows + SHARDED, tmp_path)
+    for number in range(len(HOWS)):
+        ddp, fsdp, resumed = (tmp_path / f"{name}{number}" for name in ("ddp", "fsdp", "resumed"))
+        assert facts_of(fsdp)["config"]["trainer"]["strategy"] == "fsdp_on_cpu"
+        assert_same_end(resumed, fsdp)
+        of_ddp, of_fsdp = (
+            {(step, name): value for step, name, value in metrics_of(run)} for run in (ddp, fsdp)
+        )
+        assert of_ddp.keys() == of_fsdp.keys()
+        for where, value in of_ddp.items():
+            if not where[1].startswith("time/"):
+                assert of_fsdp[where] == pytest.approx(value, rel=1e-4, abs=1e-5), where

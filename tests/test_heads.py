@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import models
 
 from conftest import SMALL, composed, facts_of, plain
-from finetune import build, checkpoint, fit, heads
+from finetune import build, checkpoint, fit, heads, measure
 from finetune.backbones.module import module
 from finetune.backbones.run import run as backbone_of
 from finetune.backbones.timm import timm
@@ -162,7 +162,7 @@ def features_of(*overrides):
     model = build.build_model(cfg, splits.classes)
     datamodule = build.build_datamodule(cfg, splits, model)
     found = {}
-    for name, images in fit.named_splits(splits).items():
+    for name, images in measure.named_splits(splits).items():
         batches = datamodule.unaugmented(images)
         features, labels = extract(model, batches, torch.device("cpu"))
         found[name] = features.double().numpy(), labels.numpy()

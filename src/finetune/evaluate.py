@@ -30,6 +30,7 @@ def evaluate(cfg: DictConfig) -> None:
     from finetune.data.split import listed
     from finetune.errors import ConfigError, DataError
     from finetune.files import try_to_write, write_json
+    from finetune.measure import measure, named_splits, print_metrics
     from finetune.overrides import compose_run
     from finetune.restore import load
     from finetune.typed import overrides_of
@@ -55,26 +56,21 @@ def evaluate(cfg: DictConfig) -> None:
     except OSError as error:
         raise ConfigError(f"output: {target} cannot be written: {error.strerror}") from error
     splits = build.build_splits(run_cfg)
-    images = fit.named_splits(splits).get(cfg.split)
+    images = named_splits(splits).get(cfg.split)
     if images is None:
         raise DataError(f"split={cfg.split}: this data has no {cfg.split} split; type split=val")
     if splits.classes != model.classes:
         theirs, ours = listed(splits.classes, most=5), listed(model.classes, most=5)
         raise DataError(f"the classes of this data are {theirs}; the run was trained on {ours}")
-    budget = build.build_budget(run_cfg, len(splits.train))
-    task = build.build_task(run_cfg, model, budget)  # unbalanced: only training is balanced
-    datamodule = build.build_datamodule(run_cfg, splits, model)
-    trainer = build.build_trainer(run_cfg, run, budget, callbacks=[], loggers=[])
-    measure = trainer.test if cfg.split == "test" else trainer.validate
-    measure(task, datamodule=datamodule, verbose=False)
-    values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    per_class = dict(zip(model.classes, task.last_per_class, strict=True))
-    facts = {"split": cfg.split, "images": len(images), **values}
+    measured = measure(run_cfg, run, model, splits, cfg.split)
+    facts = {"split": cfg.split, "images": len(images), **measured.values}
     try:
-        write_json(target, {**facts, f"per_class_{task.per_class_metric}": per_class})
+        write_json(target, {**facts, f"per_class_{measured.per_class_metric}": measured.per_class})
     except OSError as error:
         raise ConfigError(f"output: {target} cannot be written: {error.strerror}") from error
-    fit.print_metrics({cfg.split: values}, per_class, cfg.split, task.per_class_metric)
+    print_metrics(
+        {cfg.split: measured.values}, measured.per_class, cfg.split, measured.per_class_metric
+    )
     log.info("%d images of %s; written to %s", len(images), cfg.split, target)
 
 

@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 import finetune
 from finetune import averaging, build, checkpoint, heads, layer_table, resolve, ridge
@@ -36,16 +34,18 @@ from finetune.callbacks import (
 )
 from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
-from finetune.data.base import LabelledImages, Splits, label_counts
+from finetune.data.base import Splits, label_counts
 from finetune.data.split import stratified
 from finetune.datamodule import DataModule
 from finetune.ema import EMA
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.features import extract
 from finetune.loggers import end_wandb
+from finetune.measure import measure, named_splits, print_metrics
 from finetune.model import Classifier
 from finetune.recipes import Choice, Recipe, none
 from finetune.record import Record
+from finetune.restore import saved_model
 from finetune.tasks.base import Task, parameter_counts
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def train_and_test(
     if best.validated_step != trainer.global_step:  # nothing was trained, or max_steps is 0
         trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)
     show_confusion(trainer, best, parts.splits.classes)
-    results = measure_best(trainer, parts, best)
+    results = measure_best(trainer, parts, best, run)
 
     if record:
         write_hparams(trainer, cfg, overrides, results.test or results.val)
@@ -302,25 +302,21 @@ class Results:
     per_class_metric: str
 
 
-def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint) -> Results:
-    """Val as it was at the best; test, read once, with the weights of the best."""
-    val, per_class = dict(best.best["metrics"]), best.per_class
-    test: dict[str, float] = {}
+def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint, run: Path) -> Results:
+    """Val as it was at the best; test, read once, with the weights of the best as they lie on disk.
+
+    They are read into a new model: that of the training may be in parts on several devices.
+    """
+    val, metric = dict(best.best["metrics"]), parts.task.per_class_metric
     if parts.splits.test is None:
         log.info("no test split: nothing is tested; val chose the best and is no fair estimate")
-    else:
-        parts.task.model.load_state_dict(checkpoint.read(best.path).state_dict)
-        trainer.test(parts.task, datamodule=parts.datamodule, verbose=False)
-        test = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-        per_class = parts.task.last_per_class
-    named = dict(zip(parts.splits.classes, per_class, strict=True))
-    return Results(val, test, named, "test" if test else "val", parts.task.per_class_metric)
-
-
-def named_splits(splits: Splits) -> dict[str, LabelledImages]:
-    """The splits that there are."""
-    found = {"train": splits.train, "val": splits.val, "test": splits.test}
-    return {name: images for name, images in found.items() if images is not None}
+        named = dict(zip(parts.splits.classes, best.per_class, strict=True))
+        return Results(val, {}, named, "val", metric)
+    _, model = saved_model(run, OmegaConf.select(parts.cfg, "model.target"))
+    test = measure(parts.cfg, run, model, parts.splits, "test")
+    for logger in trainer.loggers:
+        logger.log_metrics(test.values, trainer.global_step)
+    return Results(val, test.values, test.per_class, "test", metric)
 
 
 def open_record(cfg: DictConfig, run: Path) -> Record:
@@ -459,31 +455,6 @@ def number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def print_metrics(
-    splits: Mapping[str, Mapping[str, float]],
-    per_class: Mapping[str, float | None],
-    split: str,
-    metric: str,
-) -> None:
-    """A table of metrics by split, and the metric of at most 20 classes, else of the 20 worst.
-
-    splits: {"val": {"val/accuracy": ...}}. split: what per_class was measured on.
-    """
-    console = Console()
-    table = Table("metric", *splits)
-    first = next(iter(splits))
-    for name in sorted(key.removeprefix(f"{first}/") for key in splits[first]):
-        table.add_row(name, *(f"{values[f'{s}/{name}']:.4f}" for s, values in splits.items()))
-    console.print(table)
-    measured = [(name, value) for name, value in per_class.items() if value is not None]
-    title = f"{metric.replace('_', ' ')} per class on {split}"
-    if len(measured) > 20:
-        measured = sorted(measured, key=lambda item: item[1])[:20]
-        title += f", the 20 worst of {len(per_class)}"
-    listed = ", ".join(f"{name} {value:.2f}" for name, value in measured)
-    console.print(f"{title}: {listed}", highlight=False, markup=False, soft_wrap=True)
 
 
 def tensorboard_folder(run: Path) -> Path:

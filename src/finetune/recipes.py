@@ -35,7 +35,10 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The backbone, and what the user decided of it. optimizer: class name in lower case."""
+    """The backbone, and what the user decided of it.
+
+    optimizer: class name in lower case. sharded: no device holds all of the weights.
+    """
 
     kind: Kind
     pretrained: bool
@@ -43,6 +46,7 @@ class ModelFacts:
     probe: bool = False  # only the head trains
     linear_head: bool = True
     optimizer: str | None = None
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,8 @@ def auto(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
     ]  # fmt: skip
     if name == "small network":  # it learns a new head in a few steps, and val was no better
         return choices
-    choices.append(Choice("ema", 0.999, "warmed up, so that it never lags behind a short run"))
+    if not model.sharded:
+        choices.append(Choice("ema", 0.999, "warmed up, so that it never lags behind a short run"))
     if data.single_label and model.linear_head and model.pretrained:
         choices.append(
             Choice("head.init", "ridge", "starts as a linear probe, bends no features: Kumar 2022")

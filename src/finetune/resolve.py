@@ -46,6 +46,7 @@ def model_facts(cfg: DictConfig, model: Classifier) -> ModelFacts:
         linear_head=_class_name(cfg.head) == "linear",
         probe=_class_name(cfg.strategy) == "linearprobe",
         optimizer=_class_name(cfg.optimizer),
+        sharded="fsdp" in str(cfg.trainer.strategy),
     )
 
 

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
 from finetune.data.mix import mix
@@ -84,8 +86,18 @@ class Task(L.LightningModule):
                 parameter.requires_grad_(trains)
 
     def setup(self, stage: str) -> None:
-        """Freeze before the strategy wraps the model."""
+        """Freeze and group before the strategy wraps the model: FSDP flattens what a shape tells.
+
+        The parameters themselves stay the same objects.
+        """
         self.freeze_what_never_trains()
+        self._by_layer = self.model.parameters_by_layer()
+        self._groups = param_groups(self.model, self.weight_decay)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
+            # a unit for each layer: what shares one must train, or be frozen, together
+            units = {m for modules in self.model.modules_by_layer() for m in modules}
+            strategy.kwargs["auto_wrap_policy"] = CustomPolicy(units.__contains__)
 
     def on_fit_start(self) -> None:
         """Bring the weights that l2_sp pulls to where the model is by now."""
@@ -96,11 +108,10 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """One group per (layer, decays or not), frozen layers included, from step 0 on."""
-        groups = param_groups(self.model, self.weight_decay)
         if self.l2_sp:  # it takes the place of weight decay, in the backbone
-            for group in groups:
+            for group in self._groups:
                 group["weight_decay"] *= group["layer"] == self.model.depth
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.make_optimizer(self._groups)
         self.base_lr = float(optimizer.defaults["lr"])
         return optimizer
 
@@ -122,7 +133,7 @@ class Task(L.LightningModule):
         # first what holds the layers: it may drop out too
         trains_any = any(self.lr_scale(layer, epoch) > 0 for layer in range(self.model.depth))
         self.model.backbone.train(trains_any)
-        layers = zip(self.model.modules_by_layer(), self.model.parameters_by_layer(), strict=True)
+        layers = zip(self.model.modules_by_layer(), self._by_layer, strict=True)
         for layer, (modules, parameters) in enumerate(layers):
             trains = self.lr_scale(layer, epoch) > 0
             for module in modules:
@@ -134,6 +145,25 @@ class Task(L.LightningModule):
         """Drop the gradients of layers that are frozen now and train later."""
         for parameter in self._frozen_for_now:
             parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all ranks, which under FSDP only the wrapped model knows."""
+        clip_by_norm = getattr(self.trainer.model, "clip_grad_norm_", None)
+        if clip_by_norm and gradient_clip_val and gradient_clip_algorithm != "value":
+            clip_by_norm(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_validation_start(self) -> None:
+        """Let BatchNorm's statistics be those of rank 0, which are saved; DDP does so itself."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def mixed(self, batch: Batch, batch_idx: int) -> Batch:
         """The batch as mixup and cutmix make it: float targets (B, K); untouched without them.
