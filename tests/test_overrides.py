@@ -1,5 +1,6 @@
 """What is typed is held against conf/: every mistake at once, with a suggestion, before torch."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from finetune.overrides import (
     CONF,
     compose_jobs,
     compose_run,
+    help_asked_for,
     prepared,
     signs_quoted,
     value_of,
@@ -391,3 +393,17 @@ def test_help_answers_without_torch(command):
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code"
     )
     assert not modules_after(script) & {"torch", "torchvision", "lightning", "matplotlib"}
+
+
+def test_help_lists_choices_and_keys_but_nothing_that_is_not_typed(tmp_path):
+    mine = tmp_path / "model"
+    mine.mkdir()
+    (mine / "mine.yaml").write_text("defaults: [tiny, _self_]\ninput_size: 12\n")
+    text = help_asked_for("train", ["--help", f"--config-dir={tmp_path}", "model=mine", "seed=7"])
+    assert "optimizer: adamw, auto, sgd\n" in text
+    assert re.search(r"^model: .*, mine, .*, vit_b_16$", text, re.M)
+    assert "\nseed: 7\n" in text
+    assert "\n  input_size: 12\n" in text
+    assert "_target_" not in text
+    assert "hydra" not in text
+    assert help_asked_for("train", ["seed=7"]) is None

@@ -53,16 +53,16 @@ def newest(run):
 
 
 def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_path, at_step, whole):
-    run = tmp_path / "run"
-    arguments = [*RUN, "hydra.run.dir=run"]
+    run = tmp_path / "my run"
+    arguments = [*RUN, "hydra.run.dir='my run'"]
     for step in (1, 4, 5, 8):  # 4: the last of an epoch
         at_step(step, terminate)
         stopped = command("train", *arguments)
         assert stopped.code == 143, stopped.err
-        assert "To go on: python train.py resume=run" in stopped.out
+        assert "To go on: python train.py \"resume='my run'\"" in stopped.out
         assert facts_of(run)["status"] == "interrupted"
         assert "SIGTERM" in facts_of(run)["error"]
-        arguments = ["resume=run"]
+        arguments = ["resume='my run'"]
     resumed = command("train", *arguments)
     assert resumed.code == 0, resumed.err
     assert_same_end(run, whole)
@@ -159,10 +159,11 @@ def test_resume_with_another_value_is_refused_by_name(command, tmp_path, at_step
     at_step(7, lose)
     command("train", *RUN, "hydra.run.dir=run")
     before = facts_of(tmp_path / "run")
-    refused = command("train", "resume=run", "optimizer.lr=0.5", "batch_size=3")
+    refused = command("train", "resume=run", "optimizer.lr=0.5", "batch_size=3", "patience=2")
     assert refused.code == 1
     assert "optimizer.lr: the run has 0.01, not 0.5" in refused.err
     assert "batch_size: the run has 4, not 3" in refused.err
+    assert "patience: the run has null, not 2" in refused.err
     assert "Traceback" not in refused.err
     # it can still be resumed, as what it was
     assert facts_of(tmp_path / "run")["config"] == before["config"]

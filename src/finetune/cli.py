@@ -17,6 +17,7 @@ from finetune.overrides import (
     asks_for_config,
     asks_for_information,
     compose_jobs,
+    help_asked_for,
     prepared,
     signs_quoted,
 )
@@ -45,6 +46,9 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
     try:
         sys.argv[1:] = prepared(name, signs_quoted(sys.argv[1:]))
+        if text := help_asked_for(name, sys.argv[1:]):
+            print(text)
+            sys.exit(0)
         if not asks_for_information(sys.argv[1:]):
             jobs = compose_jobs(name, sys.argv[1:])
             if not asks_for_config(sys.argv[1:]):

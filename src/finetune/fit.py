@@ -47,6 +47,7 @@ from finetune.recipes import Choice, Recipe, none
 from finetune.record import Record
 from finetune.restore import saved_model
 from finetune.tasks.base import Task, parameter_counts
+from finetune.typed import shown, to_type
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ def fit(
         if record:
             record.update(status="interrupted", error=f"stopped by {error}")
             log.warning(
-                "stopped by %s. To go on: python train.py resume=%s", error, shown_path(run)
+                "stopped by %s. To go on: python train.py %s",
+                error,
+                to_type("resume", shown_path(run)),
             )
         raise
     except Exception as error:
@@ -357,7 +360,7 @@ def refuse_changes(recorded: Mapping[str, Any], config: Any, run: Path) -> None:
     before, now = flat(recorded["config"]), flat(config)
     chosen = recorded.get("recipe", ())
     changed = [
-        f"{key}: the run has {before.get(key)!r}, not {now.get(key)!r}"
+        f"{key}: the run has {shown(before.get(key))}, not {shown(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not resolve.is_open(key, now, chosen)
@@ -365,8 +368,8 @@ def refuse_changes(recorded: Mapping[str, Any], config: Any, run: Path) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"resume={run} would go on with another run: {'; '.join(changed)}. Leave these out, "
-            f"or start anew without resume="
+            f"{to_type('resume', str(run))} would go on with another run: {'; '.join(changed)}. "
+            "Leave these out, or start anew without resume="
         )
 
 

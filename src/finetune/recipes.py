@@ -154,7 +154,9 @@ def auto(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
                f"{'from' if many else 'only from'} {LARGE_DATA:,} images on: BiT-HyperRule"),
         Choice("trainer.gradient_clip_val", 1.0, "a step is never wild: big_vision, AutoGluon"),
     ]  # fmt: skip
-    if name == "small network":  # it learns a new head in a few steps, and val was no better
+    if name == "small network":  # it learns a new head in a few steps: ridge and ema add nothing
+        if data.single_label:
+            choices.append(Choice("task.label_smoothing", 0.1, f"{name}: {row.source}, val"))
         return choices
     if not model.sharded:
         choices.append(Choice("ema", 0.999, "warmed up, so that it never lags behind a short run"))

@@ -11,6 +11,7 @@ from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
 from finetune.model import Classifier
 from finetune.record import Record
+from finetune.typed import to_type
 
 
 class Loaded(NamedTuple):
@@ -39,7 +40,7 @@ def saved_model(run: Path, target: str | None) -> tuple[Checkpoint, Classifier]:
     if not path.is_file():
         raise CheckpointError(
             f"{run} has no best checkpoint yet: {path} is missing. "
-            f"Go on with it: python train.py resume={run}"
+            f"Go on with it: python train.py {to_type('resume', str(run))}"
         )
     saved = checkpoint.read(path)
     backbone = rebuild(saved, path, target)
