@@ -1,5 +1,6 @@
 """What is kept of a run, and how it stops."""
 
+import shutil
 import signal
 import threading
 
@@ -152,3 +153,98 @@ def test_no_thread_is_left_behind(train):
     before = set(threading.enumerate())
     train("logger=tensorboard", "epochs=1")
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, monkeypatch, what):
+    original = Classification.loss
+
+    def diverges(task, logits, targets):
+        loss = original(task, logits, targets)
+        if task.global_step != 6:
+            return loss
+        if what == "gradient":
+            return loss + 0 * (logits - logits.detach()).abs().sqrt().sum()
+        return loss * float("nan")
+
+    monkeypatch.setattr(Classification, "loss", diverges)
+    done = command(
+        "train", *SMALL, "logger=csv", "hydra.run.dir=run", "checkpoint.every_n_steps=1", "epochs=3"
+    )
+    assert done.code == 1
+    assert "error: step 7: the loss or its gradient is not finite (nan)" in done.err
+    assert "Traceback" not in done.err
+    assert facts_of(tmp_path / "run")["status"] == "failed"
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        content = checkpoint.load(path)
+        assert int(content.get("global_step", content.get("step"))) <= 6
+        assert all(
+            value.isfinite().all()
+            for value in content["state_dict"].values()
+            if value.is_floating_point()
+        )
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """small_disk(True): no file grows beyond 100 kB, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(on):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if on else soft, hard))
+
+    yield limit
+    limit(False)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(command, tmp_path, monkeypatch, small_disk):
+    original = StepCheckpoints.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *args):
+        small_disk(5 <= trainer.global_step < 9)  # the end of an epoch, its validation and more
+        original(self, trainer, *args)
+
+    monkeypatch.setattr(StepCheckpoints, "on_train_batch_end", on_train_batch_end)
+    done = command(
+        "train", *SMALL, "logger=csv", "hydra.run.dir=run", "checkpoint.every_n_steps=2",
+        "monitor=val/loss", "epochs=3",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "step-6.ckpt could not be written: File too large" in done.out
+    assert "step-10.ckpt could not" not in done.out
+    assert facts_of(tmp_path / "run")["status"] == "finished"
+    kept = [path.name for path in checkpoint.step_paths(tmp_path / "run")]
+    assert kept == ["step-15.ckpt", "step-14.ckpt"]
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_a_run_whose_last_checkpoint_failed_has_failed(command, tmp_path, monkeypatch, small_disk):
+    original = StepCheckpoints.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *args):
+        small_disk(trainer.global_step >= 8)
+        original(self, trainer, *args)
+
+    monkeypatch.setattr(StepCheckpoints, "on_train_batch_end", on_train_batch_end)
+    done = command(
+        "train", *SMALL, "logger=csv", "hydra.run.dir=run", "checkpoint.every_n_steps=2", "epochs=2"
+    )
+    assert done.code == 1
+    assert "the last checkpoint could not be written: " in done.err
+    assert "Traceback" not in done.err
+    small_disk(False)
+    assert facts_of(tmp_path / "run")["status"] == "failed"
+    # what was written before is whole, and a resume starts from it
+    assert checkpoint.step_paths(tmp_path / "run")[0].name == "step-6.ckpt"
+    monkeypatch.setattr(StepCheckpoints, "on_train_batch_end", original)
+    assert command("train", "resume=run").code == 0
+
+
+def test_a_disk_without_room_is_refused_before_the_training(command, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    done = command("train", *SMALL, "logger=csv", "hydra.run.dir=run")
+    assert done.code == 1
+    assert "run has 3 MB free, and the checkpoints need about " in done.err
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -117,3 +117,30 @@ def test_step_checkpoints_are_listed_newest_first(tmp_path):
         checkpoint.save(tmp_path / "checkpoints" / f"{name}.ckpt", {})
     (tmp_path / "checkpoints" / "step-300.ckpt.123.part").touch()
     assert [p.stem for p in checkpoint.step_paths(tmp_path)] == ["step-200", "step-10", "step-9"]
+
+
+def test_a_flipped_bit_is_found_wherever_a_number_lies(tmp_path):
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(path, {"a": torch.zeros(1000), "b": torch.ones(1000)})
+    whole, random = path.read_bytes(), Random(0)
+    flipped, passed = 60, 0
+    for _ in range(flipped):
+        where = random.randrange(len(whole))
+        damaged = bytearray(whole)
+        damaged[where] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        with suppress(CheckpointError):
+            content = checkpoint.load(path)  # a bit between the parts says nothing
+            assert torch.equal(content["a"], torch.zeros(1000))
+            assert torch.equal(content["b"], torch.ones(1000))
+            passed += 1
+    assert passed < flipped / 3
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(path, {"a": torch.full((1000,), 0.5)})
+    damaged = path.read_bytes().replace(b"\0\0\0?" * 20, b"\0\0\1?" * 20, 1)
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt .*the checksum of .*data/0 in it does"):
+        checkpoint.load(path)

@@ -1,9 +1,10 @@
 """What Lightning does not already have: whole checkpoints, clean stops, honest rates, pictures."""
 
 import logging
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,8 @@ from torch import Tensor
 from finetune import checkpoint
 from finetune.checkpoint import load, save
 from finetune.datamodule import Batch, DataModule
-from finetune.errors import ConfigError
+from finetune.errors import CheckpointError, ConfigError, TrainingError
+from finetune.files import readable
 from finetune.loggers import TensorBoard
 from finetune.model import Classifier
 from finetune.tasks.base import Task
@@ -27,19 +29,49 @@ log = logging.getLogger(__name__)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written whole or not at all, and read as data only."""
+    """Lightning's checkpoints, written whole or not at all, and read as data only.
+
+    A save that fails is told, and kept in failed until the next: what was written before stays, and
+    a disk may have room again by then.
+    """
+
+    failed: OSError | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         """Write beside path, then rename."""
-        save(Path(path), checkpoint)
+        self.failed = tell_failure(lambda: save(Path(path), checkpoint), Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read to the CPU, with weights_only=True whatever is asked for."""
         return load(Path(path))
+
+
+def tell_failure(write: Callable[[], None], path: Path) -> OSError | None:
+    """Write; if that fails, as on a full disk, warn, and give the error."""
+    try:
+        write()
+    except OSError as error:
+        log.warning(
+            "%s could not be written: %s (%s free on this disk). The run goes on; what was written "
+            "before stays, and the next save is tried",
+            path, error.strerror or error, readable(shutil.disk_usage(path.parent).free),
+        )  # fmt: skip
+        return error
+    return None
+
+
+def refuse_lost_end(trainer: L.Trainer, best: "BestCheckpoint") -> None:
+    """Raise CheckpointError after the training if the last save of a kind failed."""
+    io = trainer.strategy.checkpoint_io
+    failed = best.failed or (io.failed if isinstance(io, WholeCheckpointIO) else None)
+    if trainer.strategy.broadcast(failed and str(failed)):
+        raise CheckpointError(
+            f"the last checkpoint could not be written: {failed}. Make room, then type resume="
+        )
 
 
 def lower_is_better(monitor: str) -> bool:
@@ -56,6 +88,7 @@ class BestCheckpoint(Callback):
         self.confusion: Tensor | None = None  # of val, at the best; rows are labels
         self.per_class: list[float | None] = []  # likewise
         self.epoch, self.validated_step = 0, -1
+        self.failed: OSError | None = None  # the last save, on rank 0
 
     def state_dict(self) -> dict[str, Any]:
         """For a resume."""
@@ -95,7 +128,7 @@ class BestCheckpoint(Callback):
         # a NaN is never better; the first value is, whatever it is
         if self.best and not sign * value > sign * self.best["value"]:
             return
-        self.best = {
+        best = {
             "epoch": self.epoch,
             "step": trainer.global_step,
             "monitor": self.monitor,
@@ -103,12 +136,16 @@ class BestCheckpoint(Callback):
             "metrics": metrics,
             "task": pl_module.task_name,
         }
-        self.confusion, self.per_class = pl_module.last_confusion, pl_module.last_per_class
         # every rank takes part: under FSDP each holds a part of the weights
         state = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
-            write_best(self.path, pl_module.model, state, self.best)
-        trainer.strategy.barrier()  # every rank may read it next
+            self.failed = tell_failure(
+                lambda: write_best(self.path, pl_module.model, state, best), self.path
+            )
+        # every rank may read it next; where it failed, the best is still the one on the disk
+        if trainer.strategy.broadcast(self.failed is None):
+            self.best = best
+            self.confusion, self.per_class = pl_module.last_confusion, pl_module.last_per_class
 
 
 def write_best(
@@ -167,20 +204,81 @@ class EarlyStop(EarlyStopping):
             trainer.should_stop = True
 
 
+class FiniteGuard(Callback):
+    """Stops a run whose loss or gradient is not finite, before any of it is in a checkpoint.
+
+    The first bad step is kept on the device, and looked at before each checkpoint and validation,
+    and every n steps. What fp16's scaler skips is no failure, but a scale below 1 is.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self.first_bad: Tensor | None = None  # (2,): the step from 1, 0 for none; its loss
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        """Keep the step if its gradient is not finite."""
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms = torch._foreach_norm([grad for grad in grads if grad is not None])
+        if norms:
+            self._keep(trainer.global_step + 1, torch.stack(norms).sum())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Keep the step if its loss is not finite; look every n steps."""
+        self._keep(trainer.global_step, outputs["loss"].detach())
+        if trainer.global_step % self.every_n_steps == 0:
+            self.look(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look before a best checkpoint can be written."""
+        self.look(trainer)
+
+    def look(self, trainer: L.Trainer) -> None:
+        """Raise TrainingError if a step was not finite."""
+        if self.first_bad is not None and (step := int(self.first_bad[0])):
+            raise TrainingError(
+                f"step {step}: the loss or its gradient is not finite ({self.first_bad[1]:g}). "
+                "No checkpoint holds it. Type a smaller optimizer.lr, trainer.gradient_clip_val=1, "
+                "or trainer.precision=32-true"
+            )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() < 1:
+            raise TrainingError(
+                f"step {trainer.global_step}: trainer.precision=16-mixed overflows however small "
+                "its scale; type trainer.precision=bf16-mixed or 32-true"
+            )
+
+    def _keep(self, step: int, value: Tensor) -> None:
+        value = value.float()
+        if self.first_bad is None:
+            self.first_bad = torch.zeros(2, device=value.device)
+        now = torch.stack([torch.full_like(value, step), value])
+        is_first = ~torch.isfinite(value) & (self.first_bad[0] == 0)
+        self.first_bad = torch.where(is_first, now, self.first_bad)
+
+
 class StepCheckpoints(Callback):
     """step-N.ckpt for a resume: every n steps and after a validated epoch; the newest two stay."""
 
-    def __init__(self, run: Path, every_n_steps: int) -> None:
-        self.run, self.every_n_steps = run, every_n_steps
+    def __init__(self, run: Path, every_n_steps: int, guard: FiniteGuard | None = None) -> None:
+        self.run, self.every_n_steps, self.guard = run, every_n_steps, guard
         self.saved_step = -1
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the state of this step, and remove all but the newest two."""
+        if self.guard:
+            self.guard.look(trainer)
         self.saved_step = trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # flushed first: the curves reach as far as what a resume starts from
-        trainer.save_checkpoint(checkpoint.step_path(self.run, trainer.global_step))
-        if trainer.is_global_zero:
+        path = checkpoint.step_path(self.run, trainer.global_step)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero and path.exists():
             for path in checkpoint.step_paths(self.run)[2:]:
                 path.unlink()
 

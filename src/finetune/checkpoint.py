@@ -1,9 +1,10 @@
 """What a checkpoint holds; how it is written and read. All of it loads with weights_only=True."""
 
 import re
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -48,15 +49,24 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """torch.save, whole or not at all."""
+    """torch.save, whole or not at all. Raises OSError, such as that of a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: torch.save(content, file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's own word for a write that failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+    write_whole(path, write)
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values. Raises CheckpointError if it is anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_whole(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except Exception as error:  # a damaged file fails in any of a dozen ways
@@ -67,8 +77,26 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+class Damaged(Exception):
+    """A checksum does not hold."""
+
+
+def load_whole(path: Path) -> Any:
+    """torch.load to the CPU, of data only, if all checksums hold: it does not look at them itself.
+
+    A flipped bit in a tensor would be another number. Raises Damaged, or whatever torch.load does.
+    """
+    if zipfile.is_zipfile(path):  # all but the files of old torch
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise Damaged(f"the checksum of {damaged} in it does not hold: it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def why_unreadable(path: Path, error: Exception) -> str:
-    """What a file is not, where torch.load(weights_only=True) or safetensors raised error."""
+    """What a file is not, where load_whole or safetensors raised error."""
+    if isinstance(error, Damaged):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if path.stat().st_size == 0:

@@ -15,3 +15,7 @@ class DataError(FinetuneError):
 
 class CheckpointError(FinetuneError):
     """A run directory, checkpoint or weights file that cannot be read or does not fit."""
+
+
+class TrainingError(FinetuneError):
+    """A training that cannot go on: its numbers are no longer finite."""

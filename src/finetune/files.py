@@ -30,6 +30,21 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
+def sweep_parts(folder: Path) -> None:
+    """Remove what a process that was killed left half-written below a folder that is ours."""
+    for part in folder.rglob("*.part"):
+        part.unlink(missing_ok=True)
+
+
+def readable(num_bytes: float) -> str:
+    """Such as 1.2 GB."""
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"
+
+
 def try_to_write(path: Path) -> None:
     """Make the folder of path, and a file in it that is gone again. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,15 @@
 """One run from its config to its run.json, in one process or in each of several ranks."""
 
+import errno
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +26,14 @@ from finetune import averaging, build, checkpoint, heads, layer_table, resolve, 
 from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
+    FiniteGuard,
     Interrupted,
     MaxSteps,
     Pictures,
     StepCheckpoints,
     StopSignals,
     Throughput,
+    refuse_lost_end,
     show_confusion,
     tensorboard,
 )
@@ -40,6 +45,8 @@ from finetune.datamodule import DataModule
 from finetune.ema import EMA
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.features import extract
+from finetune.files import readable, sweep_parts
+from finetune.lock import locked
 from finetune.loggers import end_wandb
 from finetune.measure import measure, named_splits, print_metrics
 from finetune.model import Classifier
@@ -51,6 +58,7 @@ from finetune.typed import shown, to_type
 
 log = logging.getLogger(__name__)
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the time is felt
 
 # what a resume may change: none of it changes the arithmetic
@@ -65,13 +73,14 @@ def fit(
     Raises FinetuneError for a user's mistake, Interrupted after a signal.
     """
     quiet_libraries()
-    steps = StepCheckpoints(run, cfg.checkpoint.every_n_steps)
+    steps = StepCheckpoints(run, cfg.checkpoint.every_n_steps, FiniteGuard())
     stop = StopSignals(steps)
     record = None
     try:
-        with stop.installed():
+        with stop.installed(), locked(run) if rank == 0 else nullcontext():
             if rank == 0:
                 record = open_record(cfg, run)
+                sweep_parts(run)
                 record.update(status="running", error=None)
             train_and_test(cfg, run, overrides, why_model, record, steps, stop)
     except Interrupted as error:
@@ -86,7 +95,13 @@ def fit(
     except Exception as error:
         if record:
             kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
-            record.update(status="failed", error=f"{kind}{error}")
+            with suppress(OSError):  # of a full disk
+                record.update(status="failed", error=f"{kind}{error}")
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise CheckpointError(
+                f"{error.filename or run}: {error.strerror}. What was written before stays; make "
+                f"room, then go on: python train.py {to_type('resume', shown_path(run))}"
+            ) from error
         raise
     finally:
         end_wandb()
@@ -109,6 +124,8 @@ def train_and_test(
     monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
     best, throughput = BestCheckpoint(run, monitor), Throughput()
     callbacks: list[Callback] = [throughput, best, Pictures(), steps, stop]
+    if steps.guard:
+        callbacks.insert(0, steps.guard)
     if cfg.ema:
         callbacks.insert(callbacks.index(steps), EMA(cfg.ema))  # best first, see there
     if cfg.max_steps is not None:
@@ -129,6 +146,7 @@ def train_and_test(
             device=device_name(trainer),
         )
 
+    check_space(cfg, run, parts)
     if resume_from is None:
         start_head(parts, trainer.strategy.root_device)
         if record:
@@ -138,6 +156,7 @@ def train_and_test(
         trainer.fit(parts.task, parts.datamodule, ckpt_path=resume_from, weights_only=True)
     if best.validated_step != trainer.global_step:  # nothing was trained, or max_steps is 0
         trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)
+    refuse_lost_end(trainer, best)
     show_confusion(trainer, best, parts.splits.classes)
     results = measure_best(trainer, parts, best, run)
 
@@ -230,6 +249,19 @@ def check_batch(batch_size: int, model: Classifier) -> None:
         raise ConfigError(
             "batch_size=1: the BatchNorm of this network cannot train on single images; type "
             "batch_size=2 or more, or strategy=linear_probe"
+        )
+
+
+def check_space(cfg: DictConfig, run: Path, parts: Parts) -> None:
+    """Raise ConfigError if the disk has no room for the checkpoints: the best, two, and a next."""
+    weights = sum(value.nbytes for value in parts.task.model.state_dict().values())
+    copies = 1 + (2 if "adam" in str(cfg.optimizer._target_).lower() else 1) + bool(cfg.ema)
+    needed = weights * (1 + (3 * copies if parts.budget.total_steps else 0))
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise ConfigError(
+            f"hydra.run.dir: {run} has {readable(free)} free, and the checkpoints need about "
+            f"{readable(needed)}. Make room, or name another disk: hydra.run.dir=FOLDER"
         )
 
 

@@ -88,7 +88,7 @@ ROWS: dict[str, Row] = {
     "pretrained transformer": Row(
         {"adamw": 1e-4, "sgd": 1e-2}, 0.05, ("layer_decay", DECAY, 0.75), "MAE FINETUNE.md"),
     "small network": Row(
-        {"adamw": 1.5e-3, "sgd": 5e-2}, 0.05, None, "measured on letters to digits"),
+        {"adamw": 2e-3, "sgd": 5e-2}, 0.05, None, "measured on letters to digits"),
     "network from scratch": Row(
         {"adamw": 1.5e-3, "sgd": 1e-1}, 0.05, None, "nothing pretrained to keep"),
     "linear probe": Row(

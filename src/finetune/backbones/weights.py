@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from finetune.checkpoint import why_unreadable
+from finetune.checkpoint import load_whole, why_unreadable
 from finetune.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_whole(path)
     except Exception as error:  # a damaged or foreign file fails in any of a dozen ways
         raise CheckpointError(
             f"{path} is not a weights file that can be read: {why_unreadable(path, error)}. "

@@ -58,6 +58,29 @@ def light(spec: InputSpec, scale: tuple[float, float] = (0.2, 1.0), flip: bool =
     return v2.Compose([_crop(spec, scale), *([v2.RandomHorizontalFlip()] if flip else [])])
 
 
+def affine(
+    spec: InputSpec,
+    degrees: float = 15.0,
+    translate: float = 0.1,
+    zoom: tuple[float, float] = (0.85, 1.2),
+    shear: float = 10.0,
+) -> Transform:
+    """Small turns, shifts, scales and slants, no flip; black where nothing is left to show.
+
+    For drawings of few pixels: 8 x 8 have no more than a dozen crops, but any number of these.
+    degrees, shear: in degrees, either way. translate: share of the side, either way. zoom: factors,
+    least and most.
+    """
+    moved = v2.RandomAffine(
+        [-degrees, degrees],
+        (translate, translate),
+        (zoom[0], zoom[1]),
+        [-shear, shear],
+        interpolation=InterpolationMode.BILINEAR,
+    )
+    return v2.Compose([evaluation(spec), moved])
+
+
 def strong(
     spec: InputSpec,
     scale: tuple[float, float] = (0.2, 1.0),

@@ -1,0 +1,50 @@
+"""One process per run directory."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.lock import locked
+
+pytest.importorskip("fcntl")
+
+
+def test_a_second_holder_is_told_of_the_first(tmp_path):
+    told = pytest.raises(ConfigError, match=rf"run is in use by process {os.getpid()} on ")
+    with locked(tmp_path / "run"), told, locked(tmp_path / "run"):
+        pass
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_process_holds_nothing_not_even_by_its_workers(tmp_path):
+    script = f"""
+        import multiprocessing, os, signal, time
+        from pathlib import Path
+        from finetune.lock import locked
+        with locked(Path({str(tmp_path)!r})):
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            worker.start()
+            print(worker.pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
+    worker = int(done.stdout)
+    os.kill(worker, 0)  # it lives on
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(worker, 9)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir: .*file/run cannot be written"):
+        locked(tmp_path / "file" / "run").__enter__()
