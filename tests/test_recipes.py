@@ -92,6 +92,15 @@ def test_auto_tells_networks_apart():
     assert scratch.get("head.init") is None
 
 
+def test_auto_smooths_the_labels_of_small_networks_and_keeps_averages_whole():
+    small = replace(RESNET, num_parameters=300_000)
+    assert chosen(recipes.auto, model=small)["task.label_smoothing"] == 0.1
+    several = replace(PHOTOS, single_label=False)
+    assert "task.label_smoothing" not in chosen(recipes.auto, several, small)
+    assert chosen(recipes.auto)["ema"] == 0.999
+    assert "ema" not in chosen(recipes.auto, model=replace(RESNET, sharded=True))
+
+
 def test_auto_takes_the_lr_of_the_optimizer_that_was_asked_for():
     rows = recipes.ROWS["pretrained CNN with BatchNorm"].lr
     at_128 = replace(PHOTOS, batch=128)

@@ -10,7 +10,9 @@ from finetune.data import transforms
 from finetune.specs import InputSpec
 
 SPEC = InputSpec(size=16, resize=20)
-AUGMENTS = [transforms.none, transforms.light, transforms.strong, transforms.randaugment]
+AUGMENTS = [
+    transforms.none, transforms.light, transforms.affine, transforms.strong, transforms.randaugment,
+]  # fmt: skip
 
 
 def image(height, width, seed=0):
@@ -129,3 +131,14 @@ def test_crop_is_a_part_of_the_whole_image_squashed():
     windows = [square[:, top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
     assert all(any(torch.equal(crop, window) for window in windows) for crop in crops)
     assert len({crop.sum().item() for crop in crops}) > 3
+
+
+def test_affine_keeps_left_left_and_what_it_may_not_change():
+    bar = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    bar[:, 2:14, 4:6] = 255
+    augment = transforms.affine(InputSpec(16, 16))
+    for seed in range(20):
+        moved = transforms.seeded(augment, bar, seed)
+        assert moved[:, :, :8].float().sum() > 4 * moved[:, :, 8:].float().sum()
+    still = transforms.affine(InputSpec(16, 16), degrees=0, translate=0, zoom=(1, 1), shear=0)
+    assert torch.equal(transforms.seeded(still, bar, 1), bar)
