@@ -11,8 +11,12 @@ from finetune.specs import InputSpec
 
 SPEC = InputSpec(size=16, resize=20)
 AUGMENTS = [
-    transforms.none, transforms.light, transforms.affine, transforms.strong, transforms.randaugment,
-]  # fmt: skip
+    transforms.none,
+    transforms.light,
+    transforms.subpixel,
+    transforms.strong,
+    transforms.randaugment,
+]
 
 
 def image(height, width, seed=0):
@@ -133,12 +137,13 @@ def test_crop_is_a_part_of_the_whole_image_squashed():
     assert len({crop.sum().item() for crop in crops}) > 3
 
 
-def test_affine_keeps_left_left_and_what_it_may_not_change():
-    bar = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    bar[:, 2:14, 4:6] = 255
-    augment = transforms.affine(InputSpec(16, 16))
+def test_a_subpixel_crop_is_a_crop_and_keeps_left_left():
+    slope = torch.arange(0, 256, 16, dtype=torch.uint8).expand(3, 16, 16)  # from left to right
+    augment = transforms.subpixel(InputSpec(16, 16), scale=(0.5, 0.5))
+    widths = set()
     for seed in range(20):
-        moved = transforms.seeded(augment, bar, seed)
-        assert moved[:, :, :8].float().sum() > 4 * moved[:, :, 8:].float().sum()
-    still = transforms.affine(InputSpec(16, 16), degrees=0, translate=0, zoom=(1, 1), shear=0)
-    assert torch.equal(transforms.seeded(still, bar, 1), bar)
+        row = transforms.seeded(augment, slope, seed)[0, 8].float()
+        assert (row.diff() >= 0).all()
+        widths.add(float(row[12] - row[4]))  # of 128 in the whole image
+    assert len(widths) > 10
+    assert all(128 * 0.5**0.5 * 0.75**0.5 - 2 < width < 128 + 2 for width in widths)

@@ -1,8 +1,10 @@
 """From an image of any size to the uint8 (3, S, S) that a backbone expects."""
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -58,27 +60,29 @@ def light(spec: InputSpec, scale: tuple[float, float] = (0.2, 1.0), flip: bool =
     return v2.Compose([_crop(spec, scale), *([v2.RandomHorizontalFlip()] if flip else [])])
 
 
-def affine(
-    spec: InputSpec,
-    degrees: float = 15.0,
-    translate: float = 0.1,
-    zoom: tuple[float, float] = (0.85, 1.2),
-    shear: float = 10.0,
-) -> Transform:
-    """Small turns, shifts, scales and slants, no flip; black where nothing is left to show.
+def subpixel(spec: InputSpec, scale: tuple[float, float] = (0.7, 1.0)) -> Transform:
+    """Random resized crop whose edges lie anywhere between the pixels, no flip.
 
-    For drawings of few pixels: 8 x 8 have no more than a dozen crops, but any number of these.
-    degrees, shear: in degrees, either way. translate: share of the side, either way. zoom: factors,
-    least and most.
+    For drawings of few pixels: 8 x 8 have a dozen crops along their pixels, which soon are learned
+    by heart. scale: as in light.
     """
-    moved = v2.RandomAffine(
-        [-degrees, degrees],
-        (translate, translate),
-        (zoom[0], zoom[1]),
-        [-shear, shear],
-        interpolation=InterpolationMode.BILINEAR,
-    )
-    return v2.Compose([evaluation(spec), moved])
+    resize = evaluation(spec)
+    ratio = math.log(4 / 3)  # of width to height, either way, as in RandomResizedCrop
+
+    def crop(image: Tensor) -> Tensor:
+        area, stretch, x, y = torch.rand(4).tolist()
+        area = scale[0] + (scale[1] - scale[0]) * area
+        stretch = math.exp(ratio * (2 * stretch - 1))
+        width, height = min(1.0, math.sqrt(area * stretch)), min(1.0, math.sqrt(area / stretch))
+        places = torch.tensor(
+            [[width, 0, (1 - width) * (2 * x - 1)], [0, height, (1 - height) * (2 * y - 1)]]
+        )
+        pixels = resize(image)[None].float()
+        grid = F.affine_grid(places[None], list(pixels.shape), align_corners=False)
+        moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+        return moved[0].round().to(torch.uint8)
+
+    return crop
 
 
 def strong(
