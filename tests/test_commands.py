@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import finetune
 from conftest import SMALL, facts_of, metrics_of, write_photos
@@ -373,3 +375,32 @@ def test_a_killed_run_is_taken_up_again(tmp_path):
 )
 def test_a_run_says_which_model_it_took_and_why(choices, weights, said):
     assert why_model([], choices, weights).startswith(said)
+
+
+def test_export_writes_weights_that_say_what_they_are_for(command, trained, tmp_path):
+    done = command("export", f"run={trained}", "output=out/")
+    assert done.code == 0, done.err
+    file = tmp_path / "out" / "model.safetensors"
+    assert str(file.relative_to(tmp_path)) in done.out
+    with safe_open(file, "pt") as opened:
+        described = {name: json.loads(value) for name, value in opened.metadata().items()
+                     if name != "format"}  # fmt: skip
+    saved = checkpoint.read(checkpoint.best_path(trained))
+    assert described["classes"] == ["ant", "bee", "cat"]
+    assert described["input_spec"]["size"] == saved.input_spec.size
+    assert described["backbone"]["family"] == "tiny"
+    state = load_file(file)
+    assert state.keys() == saved.state_dict.keys()
+    assert all(torch.equal(state[name], saved.state_dict[name]) for name in state)
+    # and the next run starts from it
+    done = command(
+        "train", *(o for o in SMALL if o != "model.weights=null"), "logger=csv", "max_steps=0",
+        f"model.weights={file}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+
+
+def test_export_refuses_a_format_that_it_does_not_know(command, trained):
+    done = command("export", f"run={trained}", "format=onnx")
+    assert done.code == 1
+    assert "format=onnx: must be safetensors" in done.err

@@ -8,15 +8,20 @@ import textwrap
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.lock import locked
+from finetune.lock import locked, this_process
+from finetune.record import Record
 
 pytest.importorskip("fcntl")
 
 
 def test_a_second_holder_is_told_of_the_first(tmp_path):
-    told = pytest.raises(ConfigError, match=rf"run is in use by process {os.getpid()} on ")
-    with locked(tmp_path / "run"), told, locked(tmp_path / "run"):
-        pass
+    run = tmp_path / "run"
+    with locked(run), pytest.raises(ConfigError, match="run is in use by another process"):
+        locked(run).__enter__()
+    with locked(run):
+        Record.create(run, {"process": this_process()})
+        with pytest.raises(ConfigError, match=rf"run is in use by process {os.getpid()} on "):
+            locked(run).__enter__()
     with locked(tmp_path / "run"):
         pass
 

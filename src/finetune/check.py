@@ -332,6 +332,7 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("alpha", True, lambda v: v == "auto" or _number(lambda a: 0 <= a <= 1)(v),
      "a number from 0 to 1, auto, or null"),
     ("split", False, lambda v: v in ("val", "test"), "val or test"),
+    ("format", False, lambda v: v == "safetensors", "safetensors"),
     ("strict", False, lambda v: isinstance(v, bool), "true or false"),
     ("accelerator", False, lambda v: v in ("auto", "cpu", "gpu", "cuda"), "auto, cpu or gpu"),
     *((key, key not in ("run", "input"), lambda v: isinstance(v, str), "a path")

@@ -46,7 +46,7 @@ from finetune.ema import EMA
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.features import extract
 from finetune.files import readable, sweep_parts
-from finetune.lock import locked
+from finetune.lock import locked, this_process
 from finetune.loggers import end_wandb
 from finetune.measure import measure, named_splits, print_metrics
 from finetune.model import Classifier
@@ -81,7 +81,7 @@ def fit(
             if rank == 0:
                 record = open_record(cfg, run)
                 sweep_parts(run)
-                record.update(status="running", error=None)
+                record.update(status="running", error=None, process=this_process())
             train_and_test(cfg, run, overrides, why_model, record, steps, stop)
     except Interrupted as error:
         if record:

@@ -3,49 +3,52 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finetune.errors import ConfigError
+from finetune.errors import CheckpointError, ConfigError
+from finetune.record import Record
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
-NAME = ".lock"
-
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold the run directory, which is made if need be.
 
-    Raises ConfigError with the host and pid of the process that holds it already.
+    Raises ConfigError with the host and pid of the process that holds it already, as they stand in
+    run.json.
     """
-    if fcntl is None:
-        yield
-        return
     try:
         run.mkdir(parents=True, exist_ok=True)
         # not inherited: neither a program that is started nor a worker of a DataLoader holds it on
-        descriptor = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held = [] if fcntl is None else [os.open(run, os.O_RDONLY | os.O_CLOEXEC)]
     except OSError as error:
         raise ConfigError(f"hydra.run.dir: {run} cannot be written: {error}") from error
-    here = [descriptor]
-    os.register_at_fork(after_in_child=lambda: _close(here))
+    if held:
+        os.register_at_fork(after_in_child=lambda: _close(held))
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for descriptor in held:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip()
+            holder = None
+            with suppress(CheckpointError):
+                holder = Record.read(run).facts.get("process")
             raise ConfigError(
                 f"{run} is in use by {holder or 'another process'}. Wait for its end, or stop it"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
-        _close(here)
+        _close(held)
+
+
+def this_process() -> str:
+    """Such as process 123 on myhost."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _close(descriptors: list[int]) -> None:
