@@ -1,6 +1,7 @@
 """One process per run directory."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -31,22 +32,30 @@ def test_a_killed_process_holds_nothing_not_even_by_its_workers(tmp_path):
         import multiprocessing, os, signal, time
         from pathlib import Path
         from finetune.lock import locked
+        fork = multiprocessing.get_context("fork")
+        ready = fork.Event()
+        def work():
+            ready.set()
+            time.sleep(60)
         with locked(Path({str(tmp_path)!r})):
-            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            worker = fork.Process(target=work)
             worker.start()
+            ready.wait()
             print(worker.pid, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
     )
-    worker = int(done.stdout)
-    os.kill(worker, 0)  # it lives on
+    worker = int(process.stdout.readline())
     try:
+        assert process.wait() == -signal.SIGKILL
+        os.kill(worker, 0)  # it lives on
         with locked(tmp_path):
             pass
     finally:
-        os.kill(worker, 9)
+        os.kill(worker, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -1,5 +1,7 @@
 """From an image of any size to what a backbone expects."""
 
+import pickle
+
 import pytest
 import torch
 from PIL import Image
@@ -54,6 +56,12 @@ def test_a_pil_image_is_evaluated_as_its_tensor_is():
 def test_no_augmentation_is_evaluation():
     photo = image(40, 60)
     assert torch.equal(transforms.none(SPEC)(photo), transforms.evaluation(SPEC)(photo))
+
+
+@pytest.mark.parametrize("make", AUGMENTS)
+def test_augmentation_can_be_sent_to_a_worker_that_is_spawned(make):
+    augment = pickle.loads(pickle.dumps(make(SPEC)))
+    assert transforms.seeded(augment, image(40, 60), seed=1).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("make", AUGMENTS[1:])

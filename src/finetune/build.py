@@ -46,6 +46,7 @@ class Budget:
     max_steps: int | None
     num_images: int = 0  # for training
     num_val: int = 0
+    sharded: bool = False  # FSDP: the model is whole in the training loop alone
 
     @property
     def total_steps(self) -> int:
@@ -63,7 +64,10 @@ class Budget:
         """Epochs from one validation to the next, which should cost a part of the training alone.
 
         25 of them at most, or 5 where val is large: it sees as many images as half of the training.
+        Sharded: 1, since an epoch that ends the training cannot be validated after it.
         """
+        if self.sharded:
+            return 1
         affordable = self.num_images * self.epochs // (2 * max(1, self.num_val))
         validations = min(MOST_VALIDATIONS, max(LEAST_VALIDATIONS, affordable))
         return math.ceil(self.epochs / validations)
@@ -145,7 +149,8 @@ def build_budget(cfg: DictConfig, num_images: int, num_val: int = 0) -> Budget:
     batches = len(batch_bounds(num_images, global_batch, smallest=2 * num_devices(cfg)))
     steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches)
     epochs = max(1, math.ceil(cfg.max_steps / steps)) if cfg.epochs is None else cfg.epochs
-    return Budget(epochs, steps, cfg.max_steps, num_images, num_val)
+    sharded = "fsdp" in str(cfg.trainer.strategy)
+    return Budget(epochs, steps, cfg.max_steps, num_images, num_val, sharded)
 
 
 def build_strategy(cfg: DictConfig, depth: int, epochs: int) -> Strategy:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,22 +56,26 @@ def tell_failure(write: Callable[[], None], path: Path) -> OSError | None:
     try:
         write()
     except OSError as error:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
         log.warning(
             "%s could not be written: %s (%s free on this disk). The run goes on; what was written "
             "before stays, and the next save is tried",
-            path, error.strerror or error, readable(shutil.disk_usage(path.parent).free),
+            path, error.strerror or error, readable(shutil.disk_usage(folder).free),
         )  # fmt: skip
         return error
     return None
 
 
 def refuse_lost_end(trainer: L.Trainer, best: "BestCheckpoint") -> None:
-    """Raise CheckpointError after the training if the last save of a kind failed."""
+    """Raise CheckpointError after the training if the best or the last state is not on the disk."""
+    best.publish(trainer)
     io = trainer.strategy.checkpoint_io
-    failed = best.failed or (io.failed if isinstance(io, WholeCheckpointIO) else None)
-    if trainer.strategy.broadcast(failed and str(failed)):
+    last = io.failed if isinstance(io, WholeCheckpointIO) else None
+    failed = trainer.strategy.broadcast([str(error) for error in (best.failed, last) if error])
+    if failed:
         raise CheckpointError(
-            f"the last checkpoint could not be written: {failed}. Make room, then type resume="
+            f"the last checkpoint could not be written: {'; '.join(failed)}. Make room, then go on "
+            "with resume="
         )
 
 
@@ -80,7 +85,11 @@ def lower_is_better(monitor: str) -> bool:
 
 
 class BestCheckpoint(Callback):
-    """Writes best.ckpt when the monitored metric of val is better than ever before."""
+    """Writes best.ckpt when the monitored metric of val is better than ever before.
+
+    best, confusion and per_class are those of the file. pending: a better one that a full disk kept
+    out; it is tried again at each validation.
+    """
 
     def __init__(self, run: Path, monitor: str) -> None:
         self.path, self.monitor = checkpoint.best_path(run), monitor
@@ -88,6 +97,7 @@ class BestCheckpoint(Callback):
         self.confusion: Tensor | None = None  # of val, at the best; rows are labels
         self.per_class: list[float | None] = []  # likewise
         self.epoch, self.validated_step = 0, -1
+        self.pending: Best | None = None
         self.failed: OSError | None = None  # the last save, on rank 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,27 +135,47 @@ class BestCheckpoint(Callback):
             trainer.global_step,
             ", ".join(f"{k} {metrics[k]:.4f}" for k in dict.fromkeys((self.monitor, "val/loss"))),
         )
+        before = self.pending.facts if self.pending else self.best
         # a NaN is never better; the first value is, whatever it is
-        if self.best and not sign * value > sign * self.best["value"]:
+        if not before or sign * value > sign * before["value"]:
+            facts = {
+                "epoch": self.epoch,
+                "step": trainer.global_step,
+                "monitor": self.monitor,
+                "value": value,
+                "metrics": metrics,
+                "task": pl_module.task_name,
+            }
+            # every rank takes part: under FSDP each holds a part of the weights
+            state = trainer.strategy.lightning_module_state_dict()
+            task = pl_module
+            self.pending = Best(facts, state, task.model, task.last_confusion, task.last_per_class)
+        self.publish(trainer)
+
+    def publish(self, trainer: L.Trainer) -> None:
+        """Write what is pending; every rank may read it next."""
+        if (best := self.pending) is None:
             return
-        best = {
-            "epoch": self.epoch,
-            "step": trainer.global_step,
-            "monitor": self.monitor,
-            "value": value,
-            "metrics": metrics,
-            "task": pl_module.task_name,
-        }
-        # every rank takes part: under FSDP each holds a part of the weights
-        state = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
             self.failed = tell_failure(
-                lambda: write_best(self.path, pl_module.model, state, best), self.path
+                lambda: write_best(self.path, best.model, best.state, best.facts), self.path
             )
-        # every rank may read it next; where it failed, the best is still the one on the disk
         if trainer.strategy.broadcast(self.failed is None):
-            self.best = best
-            self.confusion, self.per_class = pl_module.last_confusion, pl_module.last_per_class
+            self.best, self.confusion, self.per_class = best.facts, best.confusion, best.per_class
+            self.pending = None
+        else:  # the training goes on in the same tensors
+            best.state = {name: value.detach().cpu().clone() for name, value in best.state.items()}
+
+
+@dataclass
+class Best:
+    """What goes into best.ckpt. facts: as in run.json, and the metrics. state: on rank 0."""
+
+    facts: dict[str, Any]
+    state: dict[str, Tensor]
+    model: Classifier
+    confusion: Tensor | None
+    per_class: list[float | None]
 
 
 def write_best(
@@ -213,7 +243,8 @@ class FiniteGuard(Callback):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
-        self.first_bad: Tensor | None = None  # (2,): the step from 1, 0 for none; its loss
+        self.first_bad: Tensor | None = None  # (1,): the step, from 1; 0 for none
+        self.looked_at = 0
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
@@ -221,17 +252,16 @@ class FiniteGuard(Callback):
         """Keep the step if its gradient is not finite."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norms = torch._foreach_norm([grad for grad in grads if grad is not None])
-        if norms:
-            self._keep(trainer.global_step + 1, torch.stack(norms).sum())
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if grads := [p.grad for p in parameters if p.grad is not None]:
+            self._keep(trainer.global_step + 1, torch.stack(torch._foreach_norm(grads)).sum())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Keep the step if its loss is not finite; look every n steps."""
-        self._keep(trainer.global_step, outputs["loss"].detach())
-        if trainer.global_step % self.every_n_steps == 0:
+        self._keep(max(1, trainer.global_step), outputs["loss"].detach())
+        if trainer.global_step - self.looked_at >= self.every_n_steps:
             self.look(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -239,12 +269,18 @@ class FiniteGuard(Callback):
         self.look(trainer)
 
     def look(self, trainer: L.Trainer) -> None:
-        """Raise TrainingError if a step was not finite."""
-        if self.first_bad is not None and (step := int(self.first_bad[0])):
+        """Raise TrainingError, on all ranks, if a step of one of them was not finite."""
+        self.looked_at = trainer.global_step
+        if self.first_bad is None:  # nothing was trained
+            return
+        step = self.first_bad[0].to(trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(step, torch.distributed.ReduceOp.MAX)
+        if step > 0:
             raise TrainingError(
-                f"step {step}: the loss or its gradient is not finite ({self.first_bad[1]:g}). "
-                "No checkpoint holds it. Type a smaller optimizer.lr, trainer.gradient_clip_val=1, "
-                "or trainer.precision=32-true"
+                f"step {int(step)}: the loss or its gradient is not finite. No checkpoint holds "
+                "it. Type a smaller optimizer.lr, trainer.gradient_clip_val=1, or "
+                "trainer.precision=32-true"
             )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() < 1:
@@ -254,12 +290,10 @@ class FiniteGuard(Callback):
             )
 
     def _keep(self, step: int, value: Tensor) -> None:
-        value = value.float()
         if self.first_bad is None:
-            self.first_bad = torch.zeros(2, device=value.device)
-        now = torch.stack([torch.full_like(value, step), value])
-        is_first = ~torch.isfinite(value) & (self.first_bad[0] == 0)
-        self.first_bad = torch.where(is_first, now, self.first_bad)
+            self.first_bad = torch.zeros(1, device=value.device)
+        bad = ~torch.isfinite(value.to(self.first_bad.device)) & (self.first_bad == 0)
+        self.first_bad = torch.where(bad, float(step), self.first_bad)
 
 
 class StepCheckpoints(Callback):

@@ -52,7 +52,7 @@ def export(cfg: DictConfig) -> None:
         "task": saved.task,
     }
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in described.items()}
-    state = {name: value.contiguous() for name, value in saved.state_dict.items()}
+    state = {name: value.contiguous().clone() for name, value in saved.state_dict.items()}
     content = save(state, {"format": "pt", **metadata})
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,9 +32,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def sweep_parts(folder: Path) -> None:
-    """Remove what a process that was killed left half-written below a folder that is ours."""
-    for part in folder.rglob("*.part"):
-        part.unlink(missing_ok=True)
+    """Remove the files of write_whole in a folder whose writer was killed."""
+    for part in folder.glob("*.part"):
+        if re.fullmatch(r".+\.\d+\.part", part.name) and part.is_file():
+            part.unlink(missing_ok=True)
 
 
 def readable(num_bytes: float) -> str:

@@ -80,12 +80,14 @@ def fit(
         with stop.installed(), locked(run) if rank == 0 else nullcontext():
             if rank == 0:
                 record = open_record(cfg, run)
-                sweep_parts(run)
+                for folder in (run, checkpoint.best_path(run).parent):
+                    sweep_parts(folder)
                 record.update(status="running", error=None, process=this_process())
             train_and_test(cfg, run, overrides, why_model, record, steps, stop)
     except Interrupted as error:
         if record:
-            record.update(status="interrupted", error=f"stopped by {error}")
+            with suppress(OSError):  # of a full disk
+                record.update(status="interrupted", error=f"stopped by {error}")
             log.warning(
                 "stopped by %s. To go on: python train.py %s",
                 error,
@@ -254,13 +256,17 @@ def check_batch(batch_size: int, model: Classifier) -> None:
 
 def check_space(cfg: DictConfig, run: Path, parts: Parts) -> None:
     """Raise ConfigError if the disk has no room for the checkpoints: the best, two, and a next."""
-    weights = sum(value.nbytes for value in parts.task.model.state_dict().values())
-    copies = 1 + (2 if "adam" in str(cfg.optimizer._target_).lower() else 1) + bool(cfg.ema)
-    needed = weights * (1 + (3 * copies if parts.budget.total_steps else 0))
-    free = shutil.disk_usage(run).free
+    model, folder = parts.task.model, checkpoint.best_path(run).parent
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    moments = trained * (2 if "adam" in str(cfg.optimizer._target_).lower() else 1)
+    step = weights * (1 + bool(cfg.ema)) + moments if parts.budget.total_steps else 0
+    needed = weights + 3 * step
+    here = sum(path.stat().st_size for path in folder.glob("*.ckpt"))  # of a resume
+    free = shutil.disk_usage(run).free + here
     if free < needed:
         raise ConfigError(
-            f"hydra.run.dir: {run} has {readable(free)} free, and the checkpoints need about "
+            f"hydra.run.dir: {run} has room for {readable(free)}, and the checkpoints need about "
             f"{readable(needed)}. Make room, or name another disk: hydra.run.dir=FOLDER"
         )
 

@@ -1,5 +1,6 @@
 """One process per run directory, by a lock of the kernel: it ends with the process, however."""
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from finetune.errors import CheckpointError, ConfigError
 from finetune.record import Record
+
+log = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -41,6 +44,8 @@ def locked(run: Path) -> Iterator[None]:
             raise ConfigError(
                 f"{run} is in use by {holder or 'another process'}. Wait for its end, or stop it"
             ) from error
+        except OSError as error:  # some network volumes
+            log.warning("%s cannot be locked against a second process: %s", run, error.strerror)
         yield
     finally:
         _close(held)

@@ -66,23 +66,29 @@ def subpixel(spec: InputSpec, scale: tuple[float, float] = (0.7, 1.0)) -> Transf
     For drawings of few pixels: 8 x 8 have a dozen crops along their pixels, which soon are learned
     by heart. scale: as in light.
     """
-    resize = evaluation(spec)
-    ratio = math.log(4 / 3)  # of width to height, either way, as in RandomResizedCrop
+    return v2.Compose([evaluation(spec), SubpixelCrop(scale)])
 
-    def crop(image: Tensor) -> Tensor:
+
+class SubpixelCrop(torch.nn.Module):
+    """A crop of uint8 (C, H, W), enlarged to the same size. scale: share of the area it covers."""
+
+    def __init__(self, scale: tuple[float, float]) -> None:
+        super().__init__()
+        self.least, self.most = scale
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Bilinear; width to height is between 3/4 and 4/3, as in RandomResizedCrop."""
         area, stretch, x, y = torch.rand(4).tolist()
-        area = scale[0] + (scale[1] - scale[0]) * area
-        stretch = math.exp(ratio * (2 * stretch - 1))
+        area = self.least + (self.most - self.least) * area
+        stretch = (4 / 3) ** (2 * stretch - 1)
         width, height = min(1.0, math.sqrt(area * stretch)), min(1.0, math.sqrt(area / stretch))
         places = torch.tensor(
-            [[width, 0, (1 - width) * (2 * x - 1)], [0, height, (1 - height) * (2 * y - 1)]]
+            [[[width, 0, (1 - width) * (2 * x - 1)], [0, height, (1 - height) * (2 * y - 1)]]]
         )
-        pixels = resize(image)[None].float()
-        grid = F.affine_grid(places[None], list(pixels.shape), align_corners=False)
+        grid = F.affine_grid(places, [1, *image.shape], align_corners=False)
+        pixels = image[None].float()
         moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
         return moved[0].round().to(torch.uint8)
-
-    return crop
 
 
 def strong(
