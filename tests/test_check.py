@@ -404,7 +404,8 @@ def test_every_range_belongs_to_a_key_that_some_config_has():
                composed("augment=randaugment", "optimizer=sgd", "schedule=cosine",
                         "model=resnet18"),
                composed("head=mlp"), composed("schedule=staircase"), composed("augment=crop"),
-               composed("runs=[x]", command="soup")]  # fmt: skip
+               composed("runs=[x]", command="soup"),
+               composed("run=x", command="export")]  # fmt: skip
     missing = object()
     for key, *_ in RANGES:
         assert any(OmegaConf.select(c, key, default=missing) is not missing for c in configs), key
