@@ -336,7 +336,7 @@ def test_commands_work_from_any_folder(trained, tmp_path):
 def test_a_killed_run_is_taken_up_again(tmp_path):
     """The real thing: SIGKILL from outside, at a moment of its own choosing."""
     run = tmp_path / "run"
-    arguments = [ROOT / "train.py", *SMALL, "epochs=40", "checkpoint.every_n_steps=3",
+    arguments = [ROOT / "train.py", *SMALL, "epochs=15", "checkpoint.every_n_steps=3",
                  "logger=csv"]  # fmt: skip
     assert finished(*arguments, "hydra.run.dir=whole", cwd=tmp_path).returncode == 0
     with subprocess.Popen(

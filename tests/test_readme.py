@@ -204,6 +204,8 @@ def run(command, reader):
             stopped_run(command, reader / "RUN")
         elif name == "train" and "--help" not in words:
             own = ["--config-dir", "own"] if (reader / "own").exists() else []
+            if "-m" in arguments:  # two values of each key tell as much as five
+                arguments = [re.sub(r"^([\w.]+=[^\[,]+,[^,]+),.*", r"\1", a) for a in arguments]
             arguments = [*arguments, *shortened([*arguments, *own]), *own]
         done = command(name, *arguments)
         assert done.code == 0, done.err
