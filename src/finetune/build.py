@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune.backbones.base import Backbone
 from finetune.callbacks import WholeCheckpointIO
-from finetune.check import COMMON_DATA_KEYS, normal_devices, on_gpu
+from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu
 from finetune.data import transforms
 from finetune.data.base import LabelledImages, Splits, label_counts
 from finetune.data.sampler import batch_bounds
@@ -149,8 +149,7 @@ def build_budget(cfg: DictConfig, num_images: int, num_val: int = 0) -> Budget:
     batches = len(batch_bounds(num_images, global_batch, smallest=2 * num_devices(cfg)))
     steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches)
     epochs = max(1, math.ceil(cfg.max_steps / steps)) if cfg.epochs is None else cfg.epochs
-    sharded = "fsdp" in str(cfg.trainer.strategy)
-    return Budget(epochs, steps, cfg.max_steps, num_images, num_val, sharded)
+    return Budget(epochs, steps, cfg.max_steps, num_images, num_val, is_sharded(cfg))
 
 
 def build_strategy(cfg: DictConfig, depth: int, epochs: int) -> Strategy:

@@ -416,15 +416,15 @@ def _head_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:
 
 def _shard_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     """What needs the whole weights on every rank, where each holds a part of them."""
-    strategy = cfg.trainer.get("strategy") if "trainer" in cfg else None
-    if "fsdp" not in str(strategy):
+    if "trainer" not in cfg or not is_sharded(cfg):
         return
     for key in ("ema", "l2_sp"):
         if cfg.get(key):
             yield (
                 key,
                 f"{key}={cfg[key]}: needs the whole weights on every rank, which "
-                f"trainer.strategy={strategy} splits; type trainer.strategy=ddp or {key}=null",
+                f"trainer.strategy={cfg.trainer.strategy} splits; type trainer.strategy=ddp or "
+                f"{key}=null",
             )
 
 
@@ -462,7 +462,7 @@ def _strategy_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:
         families = ", ".join(sorted({name.partition("_")[0] for name in others} - {"ddp", "fsdp"}))
         allowed = f"auto, ddp, fsdp, or another name that Lightning knows ({families}, ...)"
         yield key, f"{key}={shown(strategy)}: {hint}must be {allowed}"
-    elif "fsdp" in strategy and not on_gpu(cfg):
+    elif is_sharded(cfg) and not on_gpu(cfg):
         yield key, f"{key}={strategy}: needs GPUs; on the CPU there is trainer=ddp_cpu"
 
 
@@ -484,6 +484,11 @@ def _count_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:
             yield key, f"{said} means all GPUs, and there are none here; type auto, or 1 to {most}"
         elif devices != -1 and not 1 <= devices <= most:
             yield key, f"{said} there are {most} {kind} here; type 1 to {most}"
+
+
+def is_sharded(cfg: DictConfig) -> bool:
+    """Whether trainer.strategy gives each device a part of the weights."""
+    return "fsdp" in str(cfg.trainer.get("strategy"))
 
 
 def on_gpu(cfg: DictConfig) -> bool:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune import build
+from finetune.check import is_sharded
 from finetune.data.base import LabelledImages, Splits
 from finetune.model import Classifier
 
@@ -25,7 +26,7 @@ class Measured:
 def measure(cfg: DictConfig, run: Path, model: Classifier, splits: Splits, split: str) -> Measured:
     """Measure a model with all of its weights on the test or val split."""
     cfg = cfg.copy()
-    if "fsdp" in str(cfg.trainer.strategy):
+    if is_sharded(cfg):
         cfg.trainer.strategy = "ddp"  # without a backward pass there is nothing to save by parts
     budget = build.build_budget(cfg, len(splits.train))
     task = build.build_task(cfg, model, budget)  # unbalanced: only training is balanced

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune import recipes
 from finetune.backbones.base import kind_of
+from finetune.check import is_sharded
 from finetune.data.base import Splits
 from finetune.model import Classifier
 from finetune.overrides import CONF
@@ -46,7 +47,7 @@ def model_facts(cfg: DictConfig, model: Classifier) -> ModelFacts:
         linear_head=_class_name(cfg.head) == "linear",
         probe=_class_name(cfg.strategy) == "linearprobe",
         optimizer=_class_name(cfg.optimizer),
-        sharded="fsdp" in str(cfg.trainer.strategy),
+        sharded=is_sharded(cfg),
     )
 
 
