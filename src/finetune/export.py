@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,14 +35,12 @@ def export(cfg: DictConfig) -> None:
     from safetensors.torch import save  # late: imports torch
 
     from finetune.errors import ConfigError
-    from finetune.files import write_whole
+    from finetune.files import output_file, write_whole
     from finetune.restore import saved_model
 
     run = Path(cfg.run)
     saved, _ = saved_model(run, cfg.model.target)
-    output = Path(cfg.output or run)
-    if output.is_dir() or str(cfg.output).endswith(("/", os.sep)):
-        output = output / "model.safetensors"
+    output = output_file(cfg.output, run, "model.safetensors")
     described = {
         "classes": saved.classes,
         "input_spec": asdict(saved.input_spec),

@@ -31,6 +31,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
+def output_file(typed: str | None, folder: Path, name: str) -> Path:
+    """The file that output= names; a folder, which exists or ends in /, gets name. None: folder."""
+    path = Path(typed or folder)
+    return path / name if path.is_dir() or str(typed).endswith(("/", os.sep)) else path
+
+
 def sweep_parts(folder: Path) -> None:
     """Remove the files of write_whole in a folder whose writer was killed."""
     for part in folder.glob("*.part"):

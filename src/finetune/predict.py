@@ -48,7 +48,7 @@ def predict(cfg: DictConfig) -> None:
     from finetune.data.transforms import from_anything
     from finetune.datamodule import usable_cores
     from finetune.errors import ConfigError, DataError
-    from finetune.files import try_to_write, write_whole
+    from finetune.files import output_file, try_to_write, write_whole
     from finetune.record import Record
     from finetune.restore import saved_model
 
@@ -58,9 +58,7 @@ def predict(cfg: DictConfig) -> None:
     data = Record.read(Path(cfg.run)).facts["config"]["data"]
     separator = data.get("label_separator") or ";"
     paths = list(images_below(Path(cfg.input)))
-    output = Path(cfg.output or ".")
-    if output.is_dir() or str(cfg.output).endswith(("/", os.sep)):
-        output = output / "predictions.csv"
+    output = output_file(cfg.output, Path(), "predictions.csv")
     try:
         try_to_write(output)  # before the work is done
     except OSError as error:
