@@ -187,25 +187,27 @@ def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, monkeypatch, 
 
 @pytest.fixture
 def small_disk(monkeypatch):
-    """small_disk(True): no file grows beyond 100 kB, as on a disk that is full."""
+    """small_disk(range(5, 9)): after these steps no file grows beyond 100 kB, as on a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(on):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if on else soft, hard))
-
-    yield limit
-    limit(False)
-
-
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(command, tmp_path, monkeypatch, small_disk):
     original = StepCheckpoints.on_train_batch_end
 
-    def on_train_batch_end(self, trainer, *args):
-        small_disk(5 <= trainer.global_step < 9)  # the end of an epoch, its validation and more
-        original(self, trainer, *args)
+    def during(steps):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(StepCheckpoints, "on_train_batch_end", on_train_batch_end)
+        def on_train_batch_end(self, trainer, *args):
+            size = 100_000 if trainer.global_step in steps else soft
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            original(self, trainer, *args)
+
+        monkeypatch.setattr(StepCheckpoints, "on_train_batch_end", on_train_batch_end)
+
+    yield during
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(command, tmp_path, small_disk):
+    small_disk(range(5, 9))  # the end of an epoch, its validation and more
     done = command(
         "train", *SMALL, "logger=csv", "hydra.run.dir=run", "checkpoint.every_n_steps=2",
         "monitor=val/loss", "epochs=3",
@@ -219,25 +221,18 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(command, tmp_path, monke
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
-def test_a_run_whose_last_checkpoint_failed_has_failed(command, tmp_path, monkeypatch, small_disk):
-    original = StepCheckpoints.on_train_batch_end
-
-    def on_train_batch_end(self, trainer, *args):
-        small_disk(trainer.global_step >= 8)
-        original(self, trainer, *args)
-
-    monkeypatch.setattr(StepCheckpoints, "on_train_batch_end", on_train_batch_end)
+def test_a_run_whose_last_checkpoint_failed_has_failed(command, tmp_path, small_disk):
+    small_disk(range(8, 100))
     done = command(
         "train", *SMALL, "logger=csv", "hydra.run.dir=run", "checkpoint.every_n_steps=2", "epochs=2"
     )
     assert done.code == 1
     assert "the last checkpoint could not be written: " in done.err
     assert "Traceback" not in done.err
-    small_disk(False)
+    small_disk(())
     assert facts_of(tmp_path / "run")["status"] == "failed"
     # what was written before is whole, and a resume starts from it
     assert checkpoint.step_paths(tmp_path / "run")[0].name == "step-6.ckpt"
-    monkeypatch.setattr(StepCheckpoints, "on_train_batch_end", original)
     assert command("train", "resume=run").code == 0
 
 

@@ -299,14 +299,13 @@ class FiniteGuard(Callback):
 class StepCheckpoints(Callback):
     """step-N.ckpt for a resume: every n steps and after a validated epoch; the newest two stay."""
 
-    def __init__(self, run: Path, every_n_steps: int, guard: FiniteGuard | None = None) -> None:
+    def __init__(self, run: Path, every_n_steps: int, guard: FiniteGuard) -> None:
         self.run, self.every_n_steps, self.guard = run, every_n_steps, guard
         self.saved_step = -1
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the state of this step, and remove all but the newest two."""
-        if self.guard:
-            self.guard.look(trainer)
+        self.guard.look(trainer)
         self.saved_step = trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # flushed first: the curves reach as far as what a resume starts from

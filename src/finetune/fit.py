@@ -125,9 +125,7 @@ def train_and_test(
     resume_from, resumed_at = find_resume(cfg, run)
     monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
     best, throughput = BestCheckpoint(run, monitor), Throughput()
-    callbacks: list[Callback] = [throughput, best, Pictures(), steps, stop]
-    if steps.guard:
-        callbacks.insert(0, steps.guard)
+    callbacks: list[Callback] = [steps.guard, throughput, best, Pictures(), steps, stop]
     if cfg.ema:
         callbacks.insert(callbacks.index(steps), EMA(cfg.ema))  # best first, see there
     if cfg.max_steps is not None:
