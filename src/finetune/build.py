@@ -47,6 +47,7 @@ class Budget:
     num_images: int = 0  # for training
     num_val: int = 0
     sharded: bool = False  # FSDP: the model is whole in the training loop alone
+    batches_per_epoch: int = 0  # of each device; more than steps where gradients accumulate
 
     @property
     def total_steps(self) -> int:
@@ -149,7 +150,8 @@ def build_budget(cfg: DictConfig, num_images: int, num_val: int = 0) -> Budget:
     batches = len(batch_bounds(num_images, global_batch, smallest=2 * num_devices(cfg)))
     steps = math.ceil(batches / cfg.trainer.accumulate_grad_batches)
     epochs = max(1, math.ceil(cfg.max_steps / steps)) if cfg.epochs is None else cfg.epochs
-    return Budget(epochs, steps, cfg.max_steps, num_images, num_val, is_sharded(cfg))
+    sharded = is_sharded(cfg)
+    return Budget(epochs, steps, cfg.max_steps, num_images, num_val, sharded, batches)
 
 
 def build_strategy(cfg: DictConfig, depth: int, epochs: int) -> Strategy:
@@ -207,12 +209,20 @@ def build_trainer(
     if sys.stdout.isatty():  # elsewhere a line per validation tells how it goes
         callbacks = [*callbacks, RichProgressBar(leave=False)]
     make_trainer: Callable[..., L.Trainer] = make(cfg.trainer)
+    interval = cfg.trainer.get("val_check_interval")
+    if interval and interval > budget.batches_per_epoch:
+        log.warning(
+            "trainer.val_check_interval=%d has no effect: an epoch has %d batches, and its end is "
+            "validated", interval, budget.batches_per_epoch,
+        )  # fmt: skip
+        interval = None
     try:
         return make_trainer(
             default_root_dir=run,
             max_epochs=budget.epochs,
             max_steps=-1,  # callbacks.MaxSteps: with Lightning's own, a resume skips epochs
-            check_val_every_n_epoch=budget.validate_every,
+            check_val_every_n_epoch=1 if interval else budget.validate_every,
+            val_check_interval=interval or 1.0,
             callbacks=callbacks,
             logger=loggers,
             plugins=[WholeCheckpointIO()],

@@ -347,10 +347,13 @@ class StepCheckpoints(Callback):
 def may_save_here(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a resume from after this batch goes on as the run would have.
 
-    Not in the middle of an accumulation, and not at the last batch: the epoch's end is still due.
+    Not in the middle of an accumulation, nor where a validation or the epoch's end is still due.
     """
-    last = batch_idx + 1 >= trainer.num_training_batches or trainer.should_stop
-    return not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    batches = batch_idx + 1
+    every = trainer.check_val_every_n_epoch or 1
+    due = (trainer.current_epoch + 1) % every == 0 and batches % (trainer.val_check_batch or 1) == 0
+    last = batches >= trainer.num_training_batches or trainer.should_stop
+    return not (due or last) and batches % trainer.accumulate_grad_batches == 0
 
 
 class Interrupted(Exception):

@@ -335,6 +335,7 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("trainer.accumulate_grad_batches", True, _whole(1), "a whole number from 1"),
     ("trainer.gradient_clip_val", True, _number(lambda v: v > 0), "a number above 0, or null"),
     ("trainer.log_every_n_steps", False, _whole(1), "a whole number from 1"),
+    ("trainer.val_check_interval", True, _whole(1), "a whole number of batches from 1, or null"),
     ("trainer.num_nodes", False, _whole(1), "a whole number from 1"),
     ("alpha", True, lambda v: v == "auto" or _number(lambda a: 0 <= a <= 1)(v),
      "a number from 0 to 1, auto, or null"),

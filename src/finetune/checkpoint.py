@@ -1,5 +1,7 @@
 """What a checkpoint holds; how it is written and read. All of it loads with weights_only=True."""
 
+import logging
+import os
 import re
 import zipfile
 from dataclasses import asdict, dataclass
@@ -12,6 +14,8 @@ from torch import Tensor
 from finetune.errors import CheckpointError
 from finetune.files import write_whole
 from finetune.specs import InputSpec
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -88,8 +92,13 @@ def load_whole(path: Path) -> Any:
     """
     if zipfile.is_zipfile(path):  # all but the files of old torch
         with zipfile.ZipFile(path) as archive:
+            # torch.save never compresses; what does may be a thousand times as large in memory
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise Damaged("it is compressed, which no file of torch.save is")
             if damaged := archive.testzip():
                 raise Damaged(f"the checksum of {damaged} in it does not hold: it is damaged")
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        log.warning("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set and not followed: files are data here")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -101,7 +110,7 @@ def why_unreadable(path: Path, error: Exception) -> str:
         return error.strerror
     if path.stat().st_size == 0:
         return "it is empty"
-    if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+    if found := re.search(r"GLOBAL (\S+) (was not an allowed global|whose module)", str(error)):
         return (
             f"it holds a whole module or another object ({found[1]}), which could run code when it "
             "is read; save net.state_dict() instead"

@@ -280,10 +280,12 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
     rows = layer_table.layer_facts(model.backbone.net, model.head, task.strategy_, task.epochs)
     log.info("%s", layer_table.text(layer_table.compact(rows)))
     log.info("{:,} of {:,} parameters train".format(*parameter_counts(model)))
+    every = "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs"
+    if interval := cfg.trainer.get("val_check_interval"):
+        every = f"{interval} batches"
     log.info(
         "%d steps: %d epochs of %d, validated every %s",
-        budget.total_steps, budget.epochs, budget.steps_per_epoch,
-        "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs",
+        budget.total_steps, budget.epochs, budget.steps_per_epoch, every,
     )  # fmt: skip
     return Parts(cfg, choices, splits, budget, task, build.build_datamodule(cfg, splits, model))
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from finetune import build
 from finetune.check import is_sharded
 from finetune.data.base import LabelledImages, Splits
+from finetune.data.paths import printable
 from finetune.model import Classifier
 
 
@@ -66,5 +67,5 @@ def print_metrics(
     if len(measured) > 20:
         measured = sorted(measured, key=lambda item: item[1])[:20]
         title += f", the 20 worst of {len(per_class)}"
-    listed = ", ".join(f"{name} {value:.2f}" for name, value in measured)
+    listed = ", ".join(f"{printable(name)} {value:.2f}" for name, value in measured)
     console.print(f"{title}: {listed}", highlight=False, markup=False, soft_wrap=True)
