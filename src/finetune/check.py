@@ -306,6 +306,7 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("data.image_size", True, _whole(1, 1024), "pixels, from 1 to 1024"),
     ("data.seed", False, _whole(0, SEEDS), f"a whole number from 0 to {SEEDS}"),
     ("data.split_seed", False, _whole(0, SEEDS), f"a whole number from 0 to {SEEDS}"),
+    ("data.max_pixels", False, _whole(1), "a whole number of pixels, from 1"),
     ("model.input_size", True, _whole(1, 8192), "pixels, from 1 to 8192, or null"),
     ("model.dropout", True, BELOW_1, "a probability, from 0, below 1, or null"),
     ("model.drop_path", True, BELOW_1, "a probability, from 0, below 1, or null"),

@@ -55,7 +55,7 @@ def evaluate(cfg: DictConfig) -> None:
         try_to_write(target)  # before the work is done
     except OSError as error:
         raise ConfigError(f"output: {target} cannot be written: {error.strerror}") from error
-    splits = build.build_splits(run_cfg)
+    splits = build.build_splits(run_cfg, target.parent)
     images = named_splits(splits).get(cfg.split)
     if images is None:
         raise DataError(f"split={cfg.split}: this data has no {cfg.split} split; type split=val")

@@ -62,7 +62,15 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the time is felt
 
 # what a resume may change: none of it changes the arithmetic
-FREE_TO_CHANGE = ("num_workers", "logger", "checkpoint", "resume", "data.root", "data.download")
+FREE_TO_CHANGE = (
+    "num_workers",
+    "logger",
+    "checkpoint",
+    "resume",
+    "data.root",
+    "data.download",
+    "data.rescan",
+)
 
 
 def fit(
@@ -120,7 +128,7 @@ def train_and_test(
 ) -> None:
     """The run itself. record: None on all ranks but the first."""
     began = time.time()
-    parts = prepare(cfg, why_model)
+    parts = prepare(cfg, why_model, run)
     cfg = parts.cfg
     resume_from, resumed_at = find_resume(cfg, run)
     monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
@@ -197,10 +205,10 @@ class Parts:
     datamodule: DataModule
 
 
-def prepare(cfg: DictConfig, why_model: str) -> Parts:
-    """Build data, model and task, and say what they are."""
+def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
+    """Build data, model and task, and say what they are. run: gets the list of what is wrong."""
     cfg = cfg.copy()
-    splits = build.build_splits(cfg)
+    splits = build.build_splits(cfg, run)
     recipe: Recipe = build.make(cfg.recipe)
     data = resolve.data_facts(cfg, splits, build.num_devices(cfg))
     choices = resolve.fill(cfg, recipe(data, None))

@@ -1,6 +1,7 @@
 """Paths that users give: how they are shown in messages, and folders that must exist."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 from finetune.errors import DataError
@@ -10,6 +11,12 @@ def printable(path: Path | str) -> str:
     r"""Path for a message: bytes that are no UTF-8 and control characters as \x escapes."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def text_of(name: str) -> str:
+    r"""Name as text for any file: bytes that are no UTF-8 and control characters as \x escapes."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 def existing_folder(root: str, advice: str) -> Path:

@@ -256,6 +256,7 @@ def _reason(error: Exception, path: Path) -> tuple[str, str]:
     if isinstance(error, OSError) and error.strerror:
         kinds = {
             errno.ENOENT: "missing",
+            errno.ENOTDIR: "missing",
             errno.EACCES: "no permission",
             errno.EPERM: "no permission",
             errno.ELOOP: "link in a circle",
