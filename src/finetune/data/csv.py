@@ -51,7 +51,7 @@ def csv(
     if not file.is_file():
         here = printable(file.absolute())
         what = "is a folder, not a table" if file.is_dir() else "does not exist"
-        raise DataError(f"data.table={table}: {here} {what}")
+        raise DataError(f"data.table={printable(table)}: {here} {what}")
     given = file.parent if root is None else existing_folder(root, "The table is data.table")
     folder = given.resolve()
 

@@ -117,8 +117,8 @@ class _Walk:
                     "unreadable folder", f"{printable(path)} cannot be read: {error.strerror}"
                 )
                 found = Folder(path, 0, 0, 0)
-            for link in found.below(found.circles):
-                self.says("link in a circle", f"{printable(link)} is a link to itself; remove it")
+            for link in found.below(found.stuck):
+                self.says("link in a circle", f"{printable(link)} {_why_stuck(link)}; remove it")
             self._read[path] = found
         return self._read[path]
 
@@ -162,6 +162,14 @@ class _Walk:
                 "%s: left out what is hidden or of __MACOSX, such as %s; %d in all",
                 printable(root), printable(hidden[0]), len(hidden),
             )  # fmt: skip
+
+
+def _why_stuck(link: str) -> str:
+    try:
+        Path(link).stat()
+    except OSError as error:
+        return f"is a link that cannot be followed: {error.strerror}"
+    return "is a link that could not be followed"
 
 
 def _split_folders(root: Path, walk: _Walk) -> dict[str, Path]:

@@ -26,11 +26,13 @@ def existing_folder(root: str, advice: str) -> Path:
         return folder
     here = folder.absolute()
     if folder.exists():
-        raise DataError(f"data.root={root}: {printable(here)} is a file, not a folder. {advice}")
+        raise DataError(
+            f"data.root={printable(root)}: {printable(here)} is a file, not a folder. {advice}"
+        )
     known = next(parent for parent in here.parents if parent.is_dir())
     inside = sorted(p.name for p in known.iterdir() if p.is_dir() and not p.name.startswith("."))
     shown = ", ".join(repr(name) for name in inside[:8]) + (", ..." if len(inside) > 8 else "")
     raise DataError(
-        f"data.root={root}: {printable(here)} does not exist; "
+        f"data.root={printable(root)}: {printable(here)} does not exist; "
         f"{printable(known)} holds {'the folders ' + shown if inside else 'no folders'}"
     )

@@ -45,7 +45,7 @@ _VERSION = 1  # of the cache
 _FILE = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "<u8", 2), ("state", "u1")])
 _UNKNOWN, _GOOD, _GOOD_BUT_LARGE = range(3)
 # of a folder, in the cache as they are; its names and files stand beside
-_STORED = ("changed_at", "inode", "folders", "others", "hidden", "metadata", "circles")
+_STORED = ("changed_at", "inode", "folders", "others", "hidden", "metadata", "stuck")
 _TICK = 2_000_000_000  # ns: two changes within it may leave the same time behind (FAT: 2 s)
 _AT_ONCE = 64  # files that a thread takes
 _ANNOUNCED = 5_000  # files whose scan is announced
@@ -131,7 +131,7 @@ class Folder:
     others: dict[str, int] = field(default_factory=dict)  # suffixes of what is no image, counted
     hidden: list[str] = field(default_factory=list)  # folders, and images
     metadata: list[str] = field(default_factory=list)  # of macOS: ._photo.jpg
-    circles: list[str] = field(default_factory=list)  # links that lead to themselves
+    stuck: list[str] = field(default_factory=list)  # links that cannot be followed
 
     def below(self, names: Iterable[str]) -> list[str]:
         """Their paths, sorted."""
@@ -307,7 +307,7 @@ class Scan(AbstractContextManager["Scan"]):
     def _load(self) -> tuple[dict[str, Folder], float]:
         """The folders in the cache by path, and when it was written; none if it does not fit."""
         try:
-            with np.load(self.cache, allow_pickle=False) as stored:
+            with self.cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 header = json.loads(bytes(stored["header"]))
                 if header["key"] != self._key:
                     return {}, 0
@@ -319,10 +319,10 @@ class Scan(AbstractContextManager["Scan"]):
                 found[key] = Folder(key, device=0, names=names[part], files=files[part], **facts)
                 at += count
             return found, float(header["written_at"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}, 0
-        except Exception as error:  # whatever half a file raises; it is made anew
-            log.warning("%s is passed over and made anew: %s", self.cache, error)
+        except Exception as error:  # whatever half a file raises
+            log.warning("%s cannot be read (%s) and is made anew", self.cache, type(error).__name__)
             return {}, 0
 
     def _save(self) -> None:
@@ -360,10 +360,9 @@ def _list(folder: Folder) -> None:
         for entry in found:
             name, suffix = entry.name, os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
             try:
-                is_folder = entry.is_dir()
+                is_folder, is_stuck = entry.is_dir(), False
             except OSError:  # a link to itself
-                folder.circles.append(name)
-                continue
+                is_folder, is_stuck = False, True
             if name.startswith("._") and not is_folder and suffix in IMAGE_SUFFIXES:
                 folder.metadata.append(name)
             elif name.startswith(".") or name == "__MACOSX":
@@ -373,6 +372,8 @@ def _list(folder: Folder) -> None:
                 folder.folders.append(name)
             elif suffix in IMAGE_SUFFIXES:
                 folder.names.append(name)
+            elif is_stuck:
+                folder.stuck.append(name)
             else:
                 suffix = suffix or "without suffix"
                 folder.others[suffix] = folder.others.get(suffix, 0) + 1
