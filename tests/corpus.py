@@ -353,6 +353,21 @@ CASES["table with missing files"] = Case(
     "error",
     ("3 missing file", "line 10: 'gone.png' does", "line 11: 'away/gone.png'", "line 12: "),
 )
+CASES["table with one class"] = Case(
+    lambda folder: table(folder, "path,label\ntrain/cat/0.png,cat\ntrain/cat/1.png,cat\n"
+                                 "train/dog/0.png,cat\ntrain/dog/1.png,cat\n"),
+    "error",
+    ("one class only, 'cat'",),
+)  # fmt: skip
+CASES["table whose val has a class that train lacks"] = Case(
+    lambda folder: table(
+        folder,
+        "path,label,split\ntrain/cat/0.png,cat,train\ntrain/dog/0.png,dog,train\n"
+        "val/cat/0.png,cat,val\nval/dog/0.png,emu,val\n",
+    ),
+    "error",
+    ("val has classes that train lacks", "'emu'"),
+)
 CASES["table with a contradiction"] = Case(
     rows("./train/cat/0.png,dog,train"), "error", ("labelled 'dog' here and 'cat' in line",)
 )

@@ -290,7 +290,7 @@ def test_every_checksum_of_a_png_counts(tmp_path, colours):
 def test_a_decompression_bomb_is_refused(tmp_path):
     data = png(bits=8, colour=0, row=b"\0", size=(65000, 65000))
     with pytest.raises(
-        DataError, match=r"65000 x 65000 pixels, more than data\.max_pixels=178956970"
+        DataError, match=r"65000 x 65000 pixels, more than 178956970 \(data\.max_pixels\)"
     ):
         read_image(written(tmp_path, data))
 
@@ -299,7 +299,9 @@ def test_a_decompression_bomb_is_refused(tmp_path):
 def test_max_pixels_holds_for_every_decoder(tmp_path, colours, kind):
     path = written(tmp_path, encoded(Image.fromarray(colours), kind))
     assert read_image(path, max_pixels=16 * 24).shape == (3, 16, 24)
-    with pytest.raises(BadImage, match=r"24 x 16 pixels, more than data\.max_pixels=383") as caught:
+    with pytest.raises(
+        BadImage, match=r"24 x 16 pixels, more than 383 \(data\.max_pixels\)"
+    ) as caught:
         read_image(path, max_pixels=16 * 24 - 1)
     assert caught.value.kind == "decompression bomb"
 
@@ -335,7 +337,7 @@ def test_a_file_larger_than_its_pixels_could_need_is_not_read(tmp_path):
     path = tmp_path / "image.tif"
     with path.open("wb") as file:
         file.truncate(5 * 10**11)  # of nothing: it takes no room on the disk
-    with pytest.raises(BadImage, match=r"it has 500 GB, more than data\.max_pixels"):
+    with pytest.raises(BadImage, match=r"it has 500 GB, more than 178956970 pixels"):
         read_image(path)
 
 

@@ -247,7 +247,7 @@ def test_another_limit_of_pixels_is_not_answered_from_the_cache(scanned):
 def test_the_limit_of_pixels_holds_when_an_image_is_read_again(scanned):
     train = image_folder(str(scanned), max_pixels=40).train
     put(Path(train.images.paths[0]), png(41, 1))
-    with pytest.raises(DataError, match=r"41 x 1 pixels, more than data\.max_pixels=40"):
+    with pytest.raises(DataError, match=r"41 x 1 pixels, more than 40 \(data\.max_pixels\)"):
         train[0]
 
 
@@ -402,3 +402,7 @@ def test_an_evaluation_refuses_bad_data_as_a_training_does(command, trained, tmp
     assert "21 problems: 21 empty" in done.err
     assert "All of them: here/problems.txt" in done.err
     assert len(Path("here/problems.txt").read_text().splitlines()) == 21
+    typed = (f"data.root={folder}", "data.on_bad=skip", "output=here", "trainer.accelerator=cpu")
+    done = command("evaluate", f"run={trained}", *typed)
+    assert done.code == 0, done.err
+    assert "leaves out 21 files that cannot be read: 21 empty" in done.out

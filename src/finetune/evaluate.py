@@ -39,8 +39,7 @@ def evaluate(cfg: DictConfig) -> None:
     run = Path(cfg.run)
     model = load(run, cfg.model.target).model
     typed = {
-        "data.root": cfg.data.root,
-        "data.table": cfg.data.table,
+        **{f"data.{key}": value for key, value in cfg.data.items()},
         "batch_size": cfg.batch_size,
         "num_workers": cfg.num_workers,
         "trainer": "default",

@@ -114,7 +114,8 @@ def _read_bytes(path: Path, max_pixels: int) -> bytes:
     if status.st_size > 8 * max_pixels + 2**26:  # 16 bits of 4 channels, and metadata
         raise _Unreadable(
             "decompression bomb",
-            f"it has {readable(status.st_size)}, more than data.max_pixels={max_pixels} could need",
+            f"it has {readable(status.st_size)}, more than {max_pixels} pixels need; "
+            "see data.max_pixels",
         )
     data = path.read_bytes()
     if not data:
@@ -144,8 +145,8 @@ def _turn(width: int, height: int, max_pixels: int) -> AbstractContextManager[ob
     if width * height > max_pixels:
         raise _Unreadable(
             "decompression bomb",
-            f"it has {width} x {height} pixels, more than data.max_pixels={max_pixels}: a "
-            "decompression bomb? If it is wanted, raise that",
+            f"it has {width} x {height} pixels, more than {max_pixels} (data.max_pixels): a "
+            "decompression bomb?",
         )
     return _large if width * height > LARGE // 4 else nullcontext()
 
