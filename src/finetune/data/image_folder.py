@@ -56,14 +56,12 @@ def image_folder(
         raise BadData(printable(folder), [*walk.problems, *files], advice)
     labelled = {split: part.labelled(bad, max_pixels) for split, part in parts.items()}
     left_out = skipped(printable(folder), bad)
-    if not found:
-        classes = parts[""].classes
-        warn_of_case(classes)
-        splits = cut_splits(labelled[""], classes, split_seed)
-    else:
-        classes = parts["train"].classes
-        warn_of_case(classes)
+    classes = parts["train" if found else ""].classes
+    warn_of_case(classes)
+    if found:
         splits = Splits(classes, labelled["train"], labelled.get("val"), labelled.get("test"))
+    else:
+        splits = cut_splits(labelled[""], classes, split_seed)
     return replace(splits, skipped=left_out, doubles=doubles)
 
 
