@@ -155,26 +155,39 @@ def test_no_thread_is_left_behind(train):
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, monkeypatch, what):
+@pytest.fixture
+def diverges(monkeypatch):
+    """diverges("loss"): in step 7, counted from 1, it is not finite, or the gradient is not."""
     original = Classification.loss
 
-    def diverges(task, logits, targets):
-        loss = original(task, logits, targets)
-        if task.global_step != 6:
-            return loss
-        if what == "gradient":
-            return loss + 0 * (logits - logits.detach()).abs().sqrt().sum()
-        return loss * float("nan")
+    def arrange(what):
+        def loss_of(task, logits, targets):
+            loss = original(task, logits, targets)
+            if task.global_step != 6:
+                return loss
+            if what == "gradient":
+                return loss + 0 * (logits - logits.detach()).abs().sqrt().sum()
+            return loss * float("nan")
 
-    monkeypatch.setattr(Classification, "loss", diverges)
-    done = command(
-        "train", *SMALL, "logger=csv", "hydra.run.dir=run", "checkpoint.every_n_steps=1", "epochs=3"
-    )
+        monkeypatch.setattr(Classification, "loss", loss_of)
+
+    return arrange
+
+
+DIVERGING = (*SMALL, "logger=csv", "hydra.run.dir=run", "checkpoint.every_n_steps=1", "epochs=3")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, diverges, what):
+    diverges(what)
+    done = command("train", *DIVERGING)
     assert done.code == 1
-    assert "error: step 7: the loss or its gradient is not finite" in done.err
+    assert f"error: step 7: the {what} is not finite (loss " in done.err
+    assert "python train.py resume=run debug=replay" in done.err
     assert "Traceback" not in done.err
-    assert facts_of(tmp_path / "run")["status"] == "failed"
+    facts = facts_of(tmp_path / "run")
+    assert facts["status"] == "failed"
+    assert facts["not_finite"]["step"] == 7
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         content = checkpoint.load(path)
         assert int(content.get("global_step", content.get("step"))) <= 6
@@ -183,6 +196,68 @@ def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, monkeypatch, 
             for value in content["state_dict"].values()
             if value.is_floating_point()
         )
+
+
+def files_of(run):
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != "train.log"]
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [("gradient", "Function 'SqrtBackward0' returned nan values"), ("loss", "step 7 again")],
+)
+def test_a_replay_names_where_it_comes_from_and_writes_nothing(
+    command, tmp_path, diverges, what, names
+):
+    diverges(what)
+    assert command("train", *DIVERGING, "optimizer=adamw", "ema=0.9").code == 1
+    before = files_of(tmp_path / "run")
+    again = command("train", "resume=run", "debug=replay")
+    assert again.code == 1
+    assert names in again.err
+    assert "Traceback (most" not in again.err.replace("Traceback of forward call", "")
+    if what == "gradient":
+        assert "abs().sqrt().sum()" in again.err  # the line that made it
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_replay_names_the_module_whose_output_is_not_finite(command, tmp_path, monkeypatch):
+    original = Classification.on_train_batch_start
+
+    def spoil(task, batch, batch_idx):
+        original(task, batch, batch_idx)
+        if task.global_step == 6:
+            task.model.backbone.net.stage2[1][0].weight.data[0] = float("inf")
+
+    monkeypatch.setattr(Classification, "on_train_batch_start", spoil)
+    assert command("train", *DIVERGING).code == 1
+    again = command("train", "resume=run", "debug=replay")
+    assert "backbone.net.stage2.1.0 (Conv2d) is the first whose output is not finite" in again.err
+    assert "with weight not finite" in again.err
+
+
+def test_a_replay_of_what_did_not_fail_so_is_refused(command):
+    assert command("train", *SMALL, "epochs=1", "logger=csv", "debug=replay").code == 1
+    assert command("train", *SMALL, "epochs=1", "logger=csv", "hydra.run.dir=run").code == 0
+    done = command("train", "resume=run", "debug=replay")
+    assert "finished already" in done.out + done.err
+
+
+def test_too_little_memory_is_told_with_what_to_type(command, tmp_path, monkeypatch):
+    original = Classification.loss
+
+    def loss(task, logits, targets):
+        torch.empty(2**50)  # a petabyte of floats, and more
+        return original(task, logits, targets)
+
+    monkeypatch.setattr(Classification, "loss", loss)
+    done = command("train", *SMALL, "logger=csv", "hydra.run.dir=run")
+    assert done.code == 1
+    assert "error: out of memory with batch_size=4, trainer.accumulate_grad_batches=1" in done.err
+    assert "batch_size=2 trainer.accumulate_grad_batches=2" in done.err
+    assert "Traceback" not in done.err
+    assert facts_of(tmp_path / "run")["status"] == "failed"
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_one_cycle_works_from_the_first_step_on(whole):
 
 def test_a_resume_is_in_the_state_of_the_uninterrupted_run(whole, tmp_path):
     case, task, _ = whole
-    steps = partial(StepCheckpoints, tmp_path, every_n_steps=1, guard=FiniteGuard())
+    steps = partial(StepCheckpoints, tmp_path, every_n_steps=1, guard=FiniteGuard(""))
     resume = None
     for lost in (7, 12):  # lp_ft: in the probe, and after it
         with pytest.raises(RuntimeError, match="the power is gone"):

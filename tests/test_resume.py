@@ -1,10 +1,12 @@
 """A run that was stopped and taken up again ends as if nothing had happened."""
 
+import json
+import shutil
 import signal
 
 import pytest
 
-from conftest import SMALL, assert_same_end, facts_of, finish
+from conftest import SMALL, assert_same_end, facts_of, finish, same, series, write_photos
 from finetune import checkpoint
 from finetune.callbacks import StepCheckpoints
 from finetune.tasks.classification import Classification
@@ -81,6 +83,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_pat
          "cutmix=1.0", "task.label_smoothing=0.1", "l2_sp=0.1", "ema=0.9",
          "trainer.gradient_clip_val=0.5", "trainer.precision=bf16-mixed"),
         ("checkpoint.every_n_steps=3", "head.init=ridge", "head.dropout=0.2"),
+        ("checkpoint.every_n_steps=3", "recipe=auto"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -195,3 +198,101 @@ def test_a_recorded_target_is_never_called(command, tmp_path, at_step):
     refused = command("train", "resume=run")
     assert refused.code == 1
     assert "which is refused" in refused.err
+
+
+def test_nothing_of_hydra_is_taken_from_a_run_directory(command, tmp_path, at_step):
+    at_step(2, lose)
+    command("train", *RUN, "hydra.run.dir=run")
+    recorded = tmp_path / "run" / ".hydra" / "overrides.yaml"
+    recorded.write_text(recorded.read_text() + "- hydra.searchpath=[elsewhere]\n")
+    assert "hydra.searchpath=[elsewhere]" in command("train", "resume=run").err
+
+
+def test_the_code_of_your_own_network_is_asked_for_again(command, tmp_path, at_step):
+    mine = ("model=module", "model.target=nets.Cnn", "model.input_size=8")
+    arguments = [o for o in RUN if not o.startswith("model")]
+    at_step(7, lose)
+    assert command("train", *arguments, *mine, "hydra.run.dir=run").code == 1
+    refused = command("train", "resume=run")
+    assert refused.code == 1
+    assert "if you trust it, type that too: model.target=nets.Cnn" in refused.err
+    other = command("train", "resume=run", "model.target=nets.Swin")
+    assert "model.target: the run has nets.Cnn, not nets.Swin" in other.err
+    assert command("train", "resume=run", "model.target=nets.Cnn").code == 0
+
+
+PHOTOS = [o for o in RUN if not o.startswith("data")]
+
+
+def test_the_same_images_may_lie_elsewhere_and_no_others(command, tmp_path, at_step):
+    photos = write_photos(tmp_path / "photos")
+    at_step(7, lose)
+    arguments = [*PHOTOS, "data=image_folder", f"data.root={photos}", "hydra.run.dir=run"]
+    assert command("train", *arguments).code == 1
+    moved = tmp_path / "moved"
+    photos.rename(moved)
+    other = shutil.copytree(moved, tmp_path / "other")
+    (other / "train/ant/0.png").write_bytes((other / "train/bee/0.png").read_bytes() + b"more")
+    refused = command("train", "resume=run", f"data.root={other}")
+    assert refused.code == 1
+    assert "train: 18 images then, 18 now, and not the same files and labels" in refused.err
+    assert "val:" not in refused.err
+    (moved / "val/ant").rename(moved / "val/hidden")
+    (moved / "val/hidden").rename(moved / "val/ant")
+    assert command("train", "resume=run", f"data.root={moved}").code == 0
+
+
+def test_a_run_goes_on_for_more_epochs_where_the_lr_so_far_would_be_the_same(command, tmp_path):
+    """It then is the run that had all of them in view from the start."""
+    how = (*RUN, "schedule=constant", "schedule.warmup=0")
+    assert command("train", *how, "hydra.run.dir=whole").code == 0
+    assert command("train", *how, "epochs=2", "hydra.run.dir=run").code == 0
+    longer = command("train", "resume=run", "epochs=3")
+    assert longer.code == 0, longer.err
+    assert "epochs=3 instead of 2: 15 steps instead of 10" in longer.out
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    mine, other = (checkpoint.load(checkpoint.step_paths(folder)[0]) for folder in (run, whole))
+    assert mine["global_step"] == 15
+    assert same(mine["state_dict"], other["state_dict"])
+    assert same(mine["optimizer_states"], other["optimizer_states"])
+    assert series(run, "train/loss") == series(whole, "train/loss")
+    assert series(run, "val/loss") == series(whole, "val/loss")
+    assert facts_of(run)["config"]["epochs"] == 3
+    assert "finished already" in command("train", "resume=run").out
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [("schedule=cosine", "schedule=cosine"), ("strategy=gradual_unfreeze", "gradualunfreeze")],
+)
+def test_more_epochs_are_refused_where_the_steps_so_far_had_been_others(command, how, named):
+    assert command("train", *RUN, how, "epochs=2", "hydra.run.dir=run").code == 0
+    refused = command("train", "resume=run", "epochs=30")
+    assert refused.code == 1
+    assert named in refused.err
+    assert "would have set other learning rates in the 10 steps that are done" in refused.err
+    fewer = command("train", "resume=run", "epochs=1")
+    assert "epochs: the run has 2, not 1" in fewer.err
+
+
+def test_a_recipe_that_chooses_otherwise_by_now_is_told(command, tmp_path, at_step):
+    at_step(7, lose)
+    command("train", *RUN, "recipe=auto", "optimizer=auto", "hydra.run.dir=run")
+    record = tmp_path / "run" / "run.json"
+    facts = json.loads(record.read_text())
+    chosen = facts["config"]["optimizer"]["lr"]
+    facts["config"]["optimizer"]["lr"] = 0.123
+    record.write_text(json.dumps(facts))
+    refused = command("train", "resume=run")
+    assert f"optimizer.lr: the run has 0.123, not {chosen}" in refused.err
+
+
+def test_another_version_is_told(command, tmp_path, at_step):
+    at_step(7, lose)
+    command("train", *RUN, "hydra.run.dir=run")
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace('"python": "3', '"python": "2'))
+    done = command("train", "resume=run")
+    assert done.code == 0
+    assert "will not end with the very bytes" in done.out
+    assert "python 2" in done.out

@@ -1,6 +1,7 @@
 """What Lightning does not already have: whole checkpoints, clean stops, honest rates, pictures."""
 
 import logging
+import math
 import shutil
 import signal
 import time
@@ -20,7 +21,7 @@ from torch import Tensor
 from finetune import checkpoint
 from finetune.checkpoint import load, save
 from finetune.datamodule import Batch, DataModule
-from finetune.errors import CheckpointError, ConfigError, TrainingError
+from finetune.errors import CheckpointError, ConfigError, NotFinite, TrainingError
 from finetune.files import readable
 from finetune.loggers import TensorBoard
 from finetune.model import Classifier
@@ -239,28 +240,37 @@ class FiniteGuard(Callback):
 
     The first bad step is kept on the device, and looked at before each checkpoint and validation,
     and every n steps. What fp16's scaler skips is no failure, but a scale below 1 is.
+    advice: what to type to see more.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
-        self.every_n_steps = every_n_steps
-        self.first_bad: Tensor | None = None  # (1,): the step, from 1; 0 for none
+    def __init__(self, advice: str, every_n_steps: int = 50) -> None:
+        self.advice, self.every_n_steps = advice, every_n_steps
+        self.first_bad: Tensor | None = None  # (2,): the step, from 1, or 0 for none; its loss
+        self.bad_gradient: Tensor | None = None  # (), of this step
         self.looked_at = 0
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
-        """Keep the step if its gradient is not finite."""
+        """Keep whether the gradient is finite."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if grads := [p.grad for p in parameters if p.grad is not None]:
-            self._keep(trainer.global_step + 1, torch.stack(torch._foreach_norm(grads)).sum())
+            self.bad_gradient = ~torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Keep the step if its loss is not finite; look every n steps."""
-        self._keep(max(1, trainer.global_step), outputs["loss"].detach())
+        """Keep the step if its loss or gradient is not finite; look every n steps."""
+        loss = outputs["loss"].detach()
+        bad = ~torch.isfinite(loss)
+        if self.bad_gradient is not None:
+            bad, self.bad_gradient = bad | self.bad_gradient.to(bad.device), None
+        if self.first_bad is None:
+            self.first_bad = torch.zeros(2, device=loss.device)
+        here = torch.stack([torch.full_like(loss, max(1, trainer.global_step)), loss]).float()
+        self.first_bad = torch.where(bad & (self.first_bad[0] == 0), here, self.first_bad)
         if trainer.global_step - self.looked_at >= self.every_n_steps:
             self.look(trainer)
 
@@ -269,18 +279,26 @@ class FiniteGuard(Callback):
         self.look(trainer)
 
     def look(self, trainer: L.Trainer) -> None:
-        """Raise TrainingError, on all ranks, if a step of one of them was not finite."""
+        """Raise NotFinite, on all ranks, if a step of one of them was not."""
         self.looked_at = trainer.global_step
         if self.first_bad is None:  # nothing was trained
             return
-        step = self.first_bad[0].to(trainer.strategy.root_device)
+        found = self.first_bad.to(trainer.strategy.root_device)
+        ranks = [found]
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(step, torch.distributed.ReduceOp.MAX)
-        if step > 0:
-            raise TrainingError(
-                f"step {int(step)}: the loss or its gradient is not finite. No checkpoint holds "
-                "it. Type a smaller optimizer.lr, trainer.gradient_clip_val=1, or "
-                "trainer.precision=32-true"
+            ranks = [torch.empty_like(found) for _ in range(trainer.world_size)]
+            torch.distributed.all_gather(ranks, found)
+        if bad := [
+            (int(step), float(loss)) for step, loss in map(torch.Tensor.tolist, ranks) if step
+        ]:
+            step, loss = min(bad, key=lambda where: where[0])
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise NotFinite(
+                f"step {step:.0f}: the {what} is not finite (loss {loss:.4g}). No checkpoint holds "
+                f"it. {self.advice} To train without it, start anew with a smaller optimizer.lr, "
+                "trainer.gradient_clip_val=1, or trainer.precision=32-true",
+                int(step),
+                loss,
             )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() < 1:
@@ -288,12 +306,6 @@ class FiniteGuard(Callback):
                 f"step {trainer.global_step}: trainer.precision=16-mixed overflows however small "
                 "its scale; type trainer.precision=bf16-mixed or 32-true"
             )
-
-    def _keep(self, step: int, value: Tensor) -> None:
-        if self.first_bad is None:
-            self.first_bad = torch.zeros(1, device=value.device)
-        bad = ~torch.isfinite(value.to(self.first_bad.device)) & (self.first_bad == 0)
-        self.first_bad = torch.where(bad, float(step), self.first_bad)
 
 
 class StepCheckpoints(Callback):

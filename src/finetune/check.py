@@ -87,12 +87,19 @@ def problems_of(cfg: DictConfig) -> Iterator[str]:
         _task_problems(cfg),
         _head_problems(cfg),
         _shard_problems(cfg),
+        _debug_problems(cfg),
     ):
         for key, problem in checked:
             found.setdefault(key, problem)
     yield from found.values()
     wrong = {key.partition(".")[0] for key in (*missing, *found)}
     yield from _refusals(cfg, without=wrong)
+
+
+def _debug_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:
+    """A replay without a run to repeat."""
+    if cfg.get("debug") == "replay" and cfg.resume is None:
+        yield "debug", "debug=replay repeats the step that ended a run; add resume=RUN"
 
 
 def _call_problems(cfg: DictConfig, missing: set[str]) -> Iterator[tuple[str, str]]:
@@ -341,6 +348,7 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     *((key, key not in ("run", "input"), lambda v: isinstance(v, str), "a path")
       for key in ("run", "input", "output", "resume", "data.root", "data.table")),
     ("model.target", True, lambda v: isinstance(v, str), "package.module.Class, or null"),
+    ("debug", True, lambda v: v == "replay", "replay, with resume=RUN, or null"),
 ]  # fmt: skip
 
 

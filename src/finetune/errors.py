@@ -18,4 +18,12 @@ class CheckpointError(FinetuneError):
 
 
 class TrainingError(FinetuneError):
-    """A training that cannot go on: its numbers are no longer finite."""
+    """A training that cannot go on: out of memory, or its numbers are no longer finite."""
+
+
+class NotFinite(TrainingError):
+    """A loss or gradient that is not finite. step: from 1. loss: its value there."""
+
+    def __init__(self, message: str, step: int, loss: float) -> None:
+        super().__init__(message)
+        self.step, self.loss = step, loss

@@ -22,7 +22,17 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 import finetune
-from finetune import averaging, build, checkpoint, heads, layer_table, resolve, ridge
+from finetune import (
+    averaging,
+    build,
+    checkpoint,
+    heads,
+    layer_table,
+    replay,
+    resolve,
+    resume,
+    ridge,
+)
 from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
@@ -40,10 +50,11 @@ from finetune.callbacks import (
 from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
 from finetune.data.base import Splits, label_counts
+from finetune.data.digest import digest
 from finetune.data.split import stratified
 from finetune.datamodule import DataModule
 from finetune.ema import EMA
-from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.errors import CheckpointError, ConfigError, FinetuneError, NotFinite, TrainingError
 from finetune.features import extract
 from finetune.files import readable, sweep_parts
 from finetune.lock import locked, this_process
@@ -54,23 +65,12 @@ from finetune.recipes import Choice, Recipe, none
 from finetune.record import Record
 from finetune.restore import saved_model
 from finetune.tasks.base import Task, parameter_counts
-from finetune.typed import shown, to_type
+from finetune.typed import to_type
 
 log = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the time is felt
-
-# what a resume may change: none of it changes the arithmetic
-FREE_TO_CHANGE = (
-    "num_workers",
-    "logger",
-    "checkpoint",
-    "resume",
-    "data.root",
-    "data.download",
-    "data.rescan",
-)
 
 
 def fit(
@@ -81,11 +81,16 @@ def fit(
     Raises FinetuneError for a user's mistake, Interrupted after a signal.
     """
     quiet_libraries()
-    steps = StepCheckpoints(run, cfg.checkpoint.every_n_steps, FiniteGuard())
+    again = f"To see where it comes from: python train.py {to_type('resume', shown_path(run))}"
+    guard = FiniteGuard(f"{again} debug=replay")
+    steps = StepCheckpoints(run, cfg.checkpoint.every_n_steps, guard)
     stop = StopSignals(steps)
     record = None
     try:
         with stop.installed(), locked(run) if rank == 0 else nullcontext():
+            if cfg.debug == "replay":
+                replay_failure(cfg, run, why_model)
+                return
             if rank == 0:
                 record = open_record(cfg, run)
                 for folder in (run, checkpoint.best_path(run).parent):
@@ -102,19 +107,61 @@ def fit(
                 to_type("resume", shown_path(run)),
             )
         raise
-    except Exception as error:
+    except Exception as raised:
+        failure = failure_of(raised, cfg, run)
         if record:
-            kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
+            facts: dict[str, Any] = {}
+            if isinstance(failure, NotFinite):
+                facts["not_finite"] = {"step": failure.step, "loss": failure.loss}
+            kind = "" if isinstance(failure, FinetuneError) else f"{type(failure).__name__}: "
             with suppress(OSError):  # of a full disk
-                record.update(status="failed", error=f"{kind}{error}")
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise CheckpointError(
-                f"{error.filename or run}: {error.strerror}. What was written before stays; make "
-                f"room, then go on: python train.py {to_type('resume', shown_path(run))}"
-            ) from error
-        raise
+                record.update(status="failed", error=f"{kind}{failure}", **facts)
+        if failure is raised:
+            raise
+        raise failure from raised
     finally:
         end_wandb()
+
+
+def replay_failure(cfg: DictConfig, run: Path, why_model: str) -> None:
+    """Repeat the step that ended a run, and write nothing."""
+    recorded = Record.read(run).facts
+    resume.refuse_changes(recorded, OmegaConf.to_container(cfg, resolve=True), run)
+    if "not_finite" not in recorded:
+        raise ConfigError(
+            f"debug=replay: {run} was not stopped by a step that is not finite (status "
+            f"{recorded['status']}); leave it out"
+        )
+    parts = prepare(cfg, why_model, run)
+    resume_from, _ = resume.find_resume(run)
+    if resume_from is None:
+        start_head(parts, torch.device("cpu"))
+    until = recorded["not_finite"]["step"]
+    replay.replay(parts.cfg, parts.task, parts.datamodule, parts.budget, resume_from, until)
+
+
+def failure_of(error: Exception, cfg: DictConfig, run: Path) -> Exception:
+    """The same; for a full disk or too little memory, one that says what to type."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return CheckpointError(
+            f"{error.filename or run}: {error.strerror}. What was written before stays; make room, "
+            f"then go on: python train.py {to_type('resume', shown_path(run))}"
+        )
+    # torch has no class of its own for it on a CPU
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if not (out_of_memory or "DefaultCPUAllocator" in str(error)):
+        return error
+    batch, accumulate = cfg.batch_size, cfg.trainer.accumulate_grad_batches or 1
+    smaller = (
+        f"batch_size={batch // 2} trainer.accumulate_grad_batches={2 * accumulate} (as many images "
+        "per step; BatchNorm sees half as many), "
+    )
+    return TrainingError(
+        f"out of memory with batch_size={batch}, trainer.accumulate_grad_batches={accumulate}, "
+        f"trainer.precision={cfg.trainer.precision}. Start anew with "
+        f"{smaller if batch > 3 else ''}trainer.precision=bf16-mixed, a smaller model.input_size, "
+        "or freeze_until=1 and more"
+    )
 
 
 def train_and_test(
@@ -130,7 +177,7 @@ def train_and_test(
     began = time.time()
     parts = prepare(cfg, why_model, run)
     cfg = parts.cfg
-    resume_from, resumed_at = find_resume(cfg, run)
+    resume_from, resumed_at = resume.find_resume(run) if cfg.resume else (None, None)
     monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
     best, throughput = BestCheckpoint(run, monitor), Throughput()
     callbacks: list[Callback] = [steps.guard, throughput, best, Pictures(), steps, stop]
@@ -146,13 +193,14 @@ def train_and_test(
         facts = facts_of(parts, cfg)
         if start := record.facts.get("model", {}).get("start"):  # of the run that is resumed
             facts["model"]["start"] = start
+        facts |= {"device": device_name(trainer), "world_size": trainer.world_size}
         config = OmegaConf.to_container(cfg, resolve=True)
-        record.update(
-            config=config,
-            recipe=resolve.told(parts.choices),
-            **facts,
-            device=device_name(trainer),
-        )
+        if cfg.resume and "recipe" in record.facts:  # it was begun
+            resume.refuse_changes(record.facts, config, run)
+            resume.refuse_other_data(record.facts, facts, run)
+            resume.refuse_another_past(cfg, record.facts, parts.task, parts.budget, resumed_at or 0)
+            resume.warn_of_other_machine(record.facts, facts | {"versions": versions()})
+        record.update(config=config, recipe=resolve.told(parts.choices), **facts)
 
     check_space(cfg, run, parts)
     if resume_from is None:
@@ -218,7 +266,7 @@ def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
     choices += resolve.fill(cfg, recipe(data, facts))
     for choice in choices:
         log.info("recipe: %s=%s (%s)", choice.key, choice.value, choice.why)
-    resolve.fill(cfg, none(data, facts))
+    choices += resolve.fill(cfg, none(data, facts))  # what it leaves open
     budget = build.build_budget(cfg, len(splits.train), len(splits.val or ()))
     task = build.build_task(cfg, model, budget, splits.train)
     if cfg.data.get("balance") is None and not task.multilabel:
@@ -320,12 +368,16 @@ def start_from_ridge(parts: Parts, device: torch.device, seed: int) -> None:
 
 def facts_of(parts: Parts, cfg: DictConfig) -> dict[str, Any]:
     """Data and model, for run.json."""
-    counts = {name: len(images) for name, images in named_splits(parts.splits).items()}
+    splits = named_splits(parts.splits)
+    counts = {name: len(images) for name, images in splits.items()}
     trainable, parameters = parameter_counts(parts.task.model)
     return {
         "data": {
             "classes": list(parts.splits.classes),
             "counts": {"train": 0, "val": 0, "test": 0} | counts,
+            "digests": {
+                name: digest(images) for name, images in named_splits(parts.splits).items()
+            },
             "skipped": list(parts.splits.skipped),
         },
         "model": {
@@ -375,7 +427,7 @@ def open_record(cfg: DictConfig, run: Path) -> Record:
             log.info("%s was stopped before it began; starting from step 0", run)
         else:
             record = Record.read(run)
-            refuse_changes(record.facts, config, run)
+            resume.refuse_changes(record.facts, config, run)
             return record
     return Record.create(
         run,
@@ -383,65 +435,16 @@ def open_record(cfg: DictConfig, run: Path) -> Record:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "config": config,
             "git": git_state(),
-            "versions": {
-                "python": platform.python_version(),
-                **{
-                    name: version(name)
-                    for name in ("torch", "torchvision", "lightning", "finetune")
-                },
-            },
+            "versions": versions(),
             "seed": cfg.seed,
         },
     )
 
 
-def refuse_changes(recorded: Mapping[str, Any], config: Any, run: Path) -> None:
-    """Raise ConfigError that names each value that a resume would change.
-
-    recorded: the facts of the run. config: as composed; what it leaves open, the recipe fills as
-    it did before.
-    """
-    before, now = flat(recorded["config"]), flat(config)
-    chosen = recorded.get("recipe", ())
-    changed = [
-        f"{key}: the run has {shown(before.get(key))}, not {shown(now.get(key))}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not resolve.is_open(key, now, chosen)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{to_type('resume', str(run))} would go on with another run: {'; '.join(changed)}. "
-            "Leave these out, or start anew without resume="
-        )
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(config, Mapping):
-        return {prefix: config}
-    return {
-        key: value
-        for name, child in config.items()
-        for key, value in flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
-def find_resume(cfg: DictConfig, run: Path) -> tuple[Path | None, int | None]:
-    """The newest step checkpoint that can be read, and its step."""
-    if not cfg.resume:
-        return None, None
-    for path in checkpoint.step_paths(run):
-        try:
-            step = int(checkpoint.load(path)["global_step"])
-        except (CheckpointError, KeyError) as error:
-            log.warning("%s is passed over: %s", path, error)
-            continue
-        log.info("resuming from %s", path)
-        return path, step
-    log.info("%s has no checkpoint to resume from; starting from step 0", run)
-    return None, 0
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    packages = ("torch", "torchvision", "lightning", "finetune")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def git_state() -> dict[str, Any] | None:

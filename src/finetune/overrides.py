@@ -189,6 +189,12 @@ def with_recorded(arguments: Sequence[str]) -> list[str]:
     run = value_of("resume", arguments) or ""
     recorded = recorded_overrides(Path(run))
     keys = {_key(argument) for argument in typed}
+    own = [o for o in recorded if _key(o) == "model.target" and "model.target" not in keys]
+    if own:
+        raise CheckpointError(
+            f"{run} trains a network of your own, and a run directory is data, of which no code is "
+            f"called; if you trust it, type that too: {own[-1].lstrip('+')}"
+        )
     return [
         *(override for override in recorded if _key(override) not in keys),
         *typed,
@@ -210,7 +216,7 @@ def recorded_overrides(run: Path) -> list[str]:
             f"{run} is no run directory: {path} cannot be read ({error})"
         ) from error
     # a run directory is data: what it names is never called
-    if code := [o for o in recorded if "_target_" in o]:
+    if code := [o for o in recorded if "_target_" in o or _key(o).startswith("hydra")]:
         raise CheckpointError(
             f"{path} asks for code to be called, which is refused: {', '.join(code)}"
         )

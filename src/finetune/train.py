@@ -46,7 +46,7 @@ def finished(run: Path) -> str:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def task(cfg: DictConfig) -> None:
     """One job; several of them in a sweep."""
-    from finetune import fit, launch  # late: imports torch
+    from finetune import launch, resume  # late: imports torch
 
     hydra_cfg = HydraConfig.get()
     run = Path(hydra_cfg.runtime.output_dir)
@@ -57,12 +57,15 @@ def task(cfg: DictConfig) -> None:
         if cfg.resume is None or not is_finished(run):
             launch.run(cfg, run, overrides, why)
             return
-        config = OmegaConf.to_container(cfg, resolve=True)
+        facts, config = Record.read(run).facts, OmegaConf.to_container(cfg, resolve=True)
         try:
-            fit.refuse_changes(Record.read(run).facts, config, run)
+            resume.refuse_changes(facts, config, run)
         except ConfigError as error:
             raise ConfigError(f"{finished(run)}\n{error}") from error
-        print(finished(run))
+        if resume.trains_longer(facts, cfg):
+            launch.run(cfg, run, overrides, why)
+        else:
+            print(finished(run))
 
     cli.guarded(overrides, run, job)
 
