@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from finetune import cli, resolve
 from finetune.overrides import CONF
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin where cores are few
+os.environ["FINETUNE_CACHE"] = tempfile.mkdtemp(prefix="finetune-tests-")  # not that of the user
 
 # 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
 SMALL = (

@@ -77,9 +77,10 @@ def test_spaces_around_labels_are_stripped_with_a_warning(table, caplog):
     assert "spaces around 2 labels were stripped" in caplog.text
 
 
-def test_a_byte_order_mark_is_read_over(table):
+def test_a_byte_order_mark_is_read_over_with_a_warning(table, caplog):
     text = "path,label,split\n0.png,é,train\n1.png,b,train\n"
     assert csv(table(text, encoding="utf-8-sig")).classes == ("b", "é")
+    assert "begins with a byte order mark" in caplog.text
 
 
 def test_double_rows_count_once_with_a_warning(table, caplog):
@@ -97,8 +98,12 @@ def test_all_bad_rows_are_told_at_once_with_their_lines(table):
     with pytest.raises(DataError) as caught:
         csv(table(text))
     lines = str(caught.value).splitlines()
-    assert "labels.csv: 10 bad rows (paths relative to " in lines[0]
-    assert lines[1:] == [
+    assert lines[0].endswith(
+        "labels.csv: 10 problems: 2 no label, 2 path outside the folder, 2 unknown split, "
+        "2 contradiction, 1 missing file, 1 no path"
+    )
+    assert lines[-1].startswith("Paths are relative to ")
+    assert lines[1:-1] == [
         "  line 3: 'gone.png' does not exist",
         "  line 4: '1.png' has no label (' ')",
         "  line 5: '2.png' has no label ('nan')",
@@ -114,10 +119,10 @@ def test_all_bad_rows_are_told_at_once_with_their_lines(table):
 
 def test_twenty_bad_rows_are_shown_and_the_rest_counted(table):
     text = "path,label\n" + "".join(f"no{i}.png,a\n" for i in range(25))
-    with pytest.raises(DataError, match="25 bad rows") as caught:
+    with pytest.raises(DataError, match="25 problems: 25 missing file") as caught:
         csv(table(text))
     assert str(caught.value).count("does not exist") == 20
-    assert str(caught.value).endswith("\n  and 5 more")
+    assert "\n  and 5 more\nPaths are relative to" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -96,15 +96,18 @@ def test_images_at_any_depth_belong_to_their_class_in_the_order_of_their_paths(t
     ]  # fmt: skip
 
 
-def test_hidden_files_are_left_out(tree, caplog):
+def test_what_is_hidden_is_left_out_with_a_warning(tree, caplog):
     root = tree(
-        "train/a/1.png", "train/b/2.png", "train/a/._1.png", "train/.git/x.png",
-        "train/__MACOSX/y.png", "train/a/.thumbs/z.png", ".cache/q.png", "__MACOSX/r.png",
+        "train/a/1.png", "train/b/2.png", "train/a/.3.png", "train/.git/x.png",
+        "train/__MACOSX/y.png", "train/a/.thumbs/z.png", ".cache/q.png", "__MACOSX/._r.png",
+        "train/a/.DS_Store",
     )  # fmt: skip
     splits = image_folder(root)
     assert splits.classes == ("a", "b")
     assert contents(splits.train) == [("1.png", 0), ("2.png", 1)]
-    assert not caplog.records
+    (record,) = caplog.records
+    assert "left out what is hidden or of __MACOSX, such as" in record.getMessage()
+    assert record.getMessage().endswith("6 in all")
 
 
 def test_unknown_types_of_files_are_counted(tree, caplog):

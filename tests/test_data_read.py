@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import struct
 import sys
 import zlib
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from finetune.data.read import IMAGE_SUFFIXES, read_image
+from finetune.data.read import IMAGE_SUFFIXES, BadImage, read_image
 from finetune.errors import DataError
 
 WHITE = [255, 255, 255]
@@ -220,7 +221,9 @@ def test_a_png_with_a_wrong_checksum_is_an_error(tmp_path, colours):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is an SVG drawing"),
         (b"\xef\xbb\xbf<?xml version='1.0'?><svg/>", "perhaps an SVG drawing"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        (b"\xff\xd8\xff", "no image format known"),
+        (b"\xff\xd8\xff", "it is truncated"),
+        (b"\0\x05\x16\x07\0\2\0\0Mac OS X", "it is macOS metadata"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image format known"),
     ],
 )
 def test_what_is_no_image_is_called_what_it_is(tmp_path, content, why):
@@ -247,7 +250,9 @@ def test_missing_files_folders_and_dangling_links_are_named(tmp_path):
     with pytest.raises(DataError, match=r"folder\.jpg cannot be read: it is not a regular file"):
         read_image(tmp_path / "folder.jpg")
     (tmp_path / "link.jpg").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"link\.jpg cannot be read: No such file or directory"):
+    with pytest.raises(
+        DataError, match=r"link\.jpg cannot be read: it is a link to nowhere, which"
+    ):
         read_image(tmp_path / "link.jpg")
 
 
@@ -258,10 +263,99 @@ def test_a_named_pipe_is_refused_instead_of_waited_for(tmp_path):
         read_image(tmp_path / "pipe.jpg")
 
 
+@pytest.mark.parametrize("end", [b"", b"\0" * 400])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_end_is_truncated(tmp_path, colours, end, progressive):
+    image = Image.fromarray(colours)
+    inner = encoded(image, "JPEG")  # a thumbnail has an end of its own
+    exif = b"Exif\0\0" + inner
+    data = encoded(image, "JPEG", progressive=progressive, exif=exif)
+    path = written(tmp_path, data[:-2] + end)
+    with pytest.raises(BadImage, match="it is truncated: its end is missing"):
+        read_image(path)
+    path.write_bytes(data + b"trailer of some camera")
+    assert pixels(path).shape == colours.shape
+
+
+def test_every_checksum_of_a_png_counts(tmp_path, colours):
+    data = encoded(Image.fromarray(colours), "PNG")
+    for place in (data.index(b"IDAT") - 5, data.index(b"IEND") - 5):  # of IHDR, of IDAT
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        with pytest.raises(BadImage, match="does not have its checksum") as caught:
+            read_image(written(tmp_path, bytes(damaged)))
+        assert caught.value.kind == "wrong checksum"
+
+
 def test_a_decompression_bomb_is_refused(tmp_path):
     data = png(bits=8, colour=0, row=b"\0", size=(65000, 65000))
-    with pytest.raises(DataError, match="decompression bomb"):
+    with pytest.raises(
+        DataError, match=r"65000 x 65000 pixels, more than 178956970 \(data\.max_pixels\)"
+    ):
         read_image(written(tmp_path, data))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+def test_max_pixels_holds_for_every_decoder(tmp_path, colours, kind):
+    path = written(tmp_path, encoded(Image.fromarray(colours), kind))
+    assert read_image(path, max_pixels=16 * 24).shape == (3, 16, 24)
+    with pytest.raises(
+        BadImage, match=r"24 x 16 pixels, more than 383 \(data\.max_pixels\)"
+    ) as caught:
+        read_image(path, max_pixels=16 * 24 - 1)
+    assert caught.value.kind == "decompression bomb"
+
+
+def test_pillows_own_limit_neither_stops_nor_warns_below_max_pixels(tmp_path, colours, monkeypatch):
+    path = written(tmp_path, encoded(Image.fromarray(colours), "PNG"))
+    for limit in (300, 100):  # it would warn; it would refuse
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        np.testing.assert_array_equal(pixels(path), colours)
+        assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_tile_larger_than_its_image_is_a_bomb_too(tmp_path):
+    size = {
+        256: 16,
+        257: 16,
+        258: 8,
+        259: 1,
+        262: 1,
+        277: 1,
+        322: 32768,
+        323: 32768,
+        324: 8,
+        325: 1,
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in size.items())
+    data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(size)) + entries + bytes(4)
+    with pytest.raises(BadImage, match="32768 x 32768 pixels, more than"):
+        read_image(written(tmp_path, data))
+
+
+def test_a_file_larger_than_its_pixels_could_need_is_not_read(tmp_path):
+    path = tmp_path / "image.tif"
+    with path.open("wb") as file:
+        file.truncate(5 * 10**11)  # of nothing: it takes no room on the disk
+    with pytest.raises(BadImage, match=r"it has 500 GB, more than 178956970 pixels"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_metadata_that_unpacks_to_much_is_a_bomb(tmp_path, name):
+    packed = zlib.compress(bytes(50_000_000))
+    content = b"k\0\1\0\0\0" + packed if name == b"iTXt" else b"k\0\0" + packed
+    data = png(bits=8, colour=0, row=b"\0", chunks=[(name, content)])
+    with pytest.raises(BadImage, match="is a metadata bomb") as caught:
+        read_image(written(tmp_path, data))
+    assert caught.value.kind == "metadata bomb"
+
+
+def test_the_reason_survives_the_way_out_of_a_worker(tmp_path):
+    with pytest.raises(BadImage) as caught:
+        read_image(written(tmp_path, b""))
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.kind) == (str(caught.value), "empty")
 
 
 def test_suffixes_are_lower_case_with_their_dot():

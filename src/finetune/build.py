@@ -22,7 +22,8 @@ from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu
 from finetune.data import transforms
 from finetune.data.base import LabelledImages, Splits, label_counts
 from finetune.data.sampler import batch_bounds
-from finetune.data.split import check_splits, cut_val, limit_train, select_classes
+from finetune.data.scan import BadData
+from finetune.data.split import check_splits, cut_val, limit_train, select_classes, warn_of_doubles
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
 from finetune.loggers import MetricsFile
@@ -84,16 +85,25 @@ def make(node: Any) -> Any:
         raise
 
 
-def build_splits(cfg: DictConfig) -> Splits:
-    """The dataset, checked, with a val split, and classes and train limited as asked."""
+def build_splits(cfg: DictConfig, folder: Path | None = None) -> Splits:
+    """The dataset, checked, with a val split, and classes and train limited as asked.
+
+    folder: gets problems.txt, if more is wrong with the data than a message can show.
+    """
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     common = {key: node.pop(key) for key in COMMON_DATA_KEYS if key in node}
-    splits: Splits = make(node)
+    try:
+        splits: Splits = make(node)
+    except BadData as error:
+        if folder is None:
+            raise
+        raise error.listed_in(folder / "problems.txt") from None
     check_labels(splits, cfg)
     # val is cut before classes are chosen: an image is in the same split whichever are
     splits = cut_val(splits, seed=node.get("split_seed", 0))
     splits = select_classes(splits, common.get("classes"))
     check_splits(splits)
+    warn_of_doubles(splits)
     return limit_train(splits, common.get("shots"), common.get("fraction"), seed=cfg.seed)
 
 

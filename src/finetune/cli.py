@@ -131,4 +131,6 @@ class ConsoleHandler(logging.Handler):
         """Print one record."""
         prefix = "warning: " if record.levelno == logging.WARNING else ""
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        print(f"{prefix}{self.format(record)}", file=stream, flush=True)
+        # a path may hold bytes that are no UTF-8
+        text = self.format(record).encode("utf-8", "backslashreplace").decode()
+        print(f"{prefix}{text}", file=stream, flush=True)

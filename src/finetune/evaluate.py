@@ -39,8 +39,7 @@ def evaluate(cfg: DictConfig) -> None:
     run = Path(cfg.run)
     model = load(run, cfg.model.target).model
     typed = {
-        "data.root": cfg.data.root,
-        "data.table": cfg.data.table,
+        **{f"data.{key}": value for key, value in cfg.data.items()},
         "batch_size": cfg.batch_size,
         "num_workers": cfg.num_workers,
         "trainer": "default",
@@ -55,7 +54,7 @@ def evaluate(cfg: DictConfig) -> None:
         try_to_write(target)  # before the work is done
     except OSError as error:
         raise ConfigError(f"output: {target} cannot be written: {error.strerror}") from error
-    splits = build.build_splits(run_cfg)
+    splits = build.build_splits(run_cfg, target.parent)
     images = named_splits(splits).get(cfg.split)
     if images is None:
         raise DataError(f"split={cfg.split}: this data has no {cfg.split} split; type split=val")

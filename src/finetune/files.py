@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again; it need not exist, nor be writable.
+
+    FINETUNE_CACHE, or finetune among the user's caches.
+    """
+    if chosen := os.environ.get("FINETUNE_CACHE"):
+        return Path(chosen).absolute()
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        caches = tempfile.gettempdir()
+    return Path(caches, "finetune").absolute()
 
 
 def output_file(typed: str | None, folder: Path, name: str) -> Path:
@@ -64,4 +79,5 @@ def try_to_write(path: Path) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write value as indented JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    # a byte of a path that is no UTF-8 becomes \udc.., which is how JSON spells it
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

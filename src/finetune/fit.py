@@ -132,7 +132,7 @@ def replay_failure(cfg: DictConfig, run: Path, why_model: str) -> None:
             f"debug=replay: {run} was not stopped by a step that is not finite (status "
             f"{recorded['status']}); leave it out"
         )
-    parts = prepare(cfg, why_model)
+    parts = prepare(cfg, why_model, run)
     resume_from, _ = resume.find_resume(run)
     if resume_from is None:
         start_head(parts, torch.device("cpu"))
@@ -175,7 +175,7 @@ def train_and_test(
 ) -> None:
     """The run itself. record: None on all ranks but the first."""
     began = time.time()
-    parts = prepare(cfg, why_model)
+    parts = prepare(cfg, why_model, run)
     cfg = parts.cfg
     resume_from, resumed_at = resume.find_resume(run) if cfg.resume else (None, None)
     monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
@@ -253,10 +253,10 @@ class Parts:
     datamodule: DataModule
 
 
-def prepare(cfg: DictConfig, why_model: str) -> Parts:
-    """Build data, model and task, and say what they are."""
+def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
+    """Build data, model and task, and say what they are. run: gets the list of what is wrong."""
     cfg = cfg.copy()
-    splits = build.build_splits(cfg)
+    splits = build.build_splits(cfg, run)
     recipe: Recipe = build.make(cfg.recipe)
     data = resolve.data_facts(cfg, splits, build.num_devices(cfg))
     choices = resolve.fill(cfg, recipe(data, None))

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from finetune.data.paths import text_of
 from finetune.errors import ConfigError
 
 
@@ -30,7 +31,10 @@ class TensorBoard(TensorBoardLogger):
         """Fill the HPARAMS tab. metrics: tags of scalars that were logged already."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in params.items()}
+        plain = {
+            k: v if isinstance(v, bool | int | float) else text_of(str(v))
+            for k, v in params.items()
+        }
         for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
             self.experiment._get_file_writer().add_summary(summary)
 

@@ -60,6 +60,8 @@ def prepared(command: str, arguments: Sequence[str]) -> list[str]:
 
 def _path_as_text(argument: str) -> str:
     key, _, value = argument.partition("=")
+    if _key(argument) in PATHS and re.fullmatch(r"[^'\"]*[\udc80-\udcff][^'\"]*", value):
+        return f"{key}={quoted(value)}"  # bytes that are no UTF-8, which the grammar lacks
     if _key(argument) not in PATHS or not re.fullmatch(r"[\w./:+,-]+", value, re.ASCII):
         return argument
     parts = [part if part in ("", "null") else quoted(part) for part in value.split(",")]

@@ -45,6 +45,7 @@ def predict(cfg: DictConfig) -> None:
     import torch  # late: --help must not wait for it
     from torch.utils.data import DataLoader
 
+    from finetune.data.read import MAX_PIXELS
     from finetune.data.transforms import from_anything
     from finetune.datamodule import usable_cores
     from finetune.errors import ConfigError, DataError
@@ -68,7 +69,7 @@ def predict(cfg: DictConfig) -> None:
     model.to(device)
     workers = min(8, usable_cores() - 1) if cfg.num_workers is None else cfg.num_workers
     loader: DataLoader[Any] = DataLoader(
-        ReadableImages(paths, transform),  # type: ignore[arg-type] # needs no base class
+        ReadableImages(paths, transform, data.get("max_pixels") or MAX_PIXELS),  # type: ignore[arg-type] # needs no base class
         batch_size=cfg.batch_size,
         num_workers=workers if len(paths) > cfg.batch_size else 0,
         collate_fn=list,
@@ -111,8 +112,8 @@ def predict(cfg: DictConfig) -> None:
 class ReadableImages:
     """(path, image) for each path: uint8 (3, S, S), or why it cannot be read, as text."""
 
-    def __init__(self, paths: list[str], transform: "Transform") -> None:
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: list[str], transform: "Transform", max_pixels: int) -> None:
+        self.paths, self.transform, self.max_pixels = paths, transform, max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -123,7 +124,7 @@ class ReadableImages:
 
         path = self.paths[index]
         try:
-            return path, self.transform(read_image(Path(path)))
+            return path, self.transform(read_image(Path(path), self.max_pixels))
         except DataError as error:
             return path, str(error)
 

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 # none of it changes the arithmetic
 FREE_TO_CHANGE = (
     *("num_workers", "logger", "checkpoint", "resume", "debug"),
-    *("data.root", "data.table", "data.download"),  # with the same contents: see refuse_other_data
+    # with the same contents: see refuse_other_data
+    *("data.root", "data.table", "data.download", "data.on_bad", "data.max_pixels", "data.rescan"),
 )
 
 

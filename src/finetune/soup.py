@@ -61,7 +61,7 @@ def soup(cfg: DictConfig) -> None:
     if (output / "run.json").exists():
         raise taken(output)
 
-    parts = fit.prepare(compose_run(runs[0], typed(cfg)), f"that of {runs[0]}")
+    parts = fit.prepare(compose_run(runs[0], typed(cfg)), f"that of {runs[0]}", output)
     trainer = build.build_trainer(parts.cfg, output, parts.budget, callbacks=[], loggers=[])
     model, monitor = parts.task.model, saved[0].monitor
     start = {}

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from finetune.data.read import read_image
+from finetune.data.read import MAX_PIXELS, read_image
 
 
 class Images(Protocol):
@@ -26,12 +26,13 @@ class ImageFiles:
     """Images as files, decoded when they are asked for."""
 
     paths: Sequence[Path]
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class LabelledImages:
 class Splits:
     """A dataset as it is on disk. val or test is None where the dataset has none.
 
-    skipped: {path, why} of files that were left out.
+    skipped: {path, why} of files that were left out. doubles: paths of files with the same bytes.
     """
 
     classes: tuple[str, ...]
@@ -118,6 +119,7 @@ class Splits:
     val: LabelledImages | None
     test: LabelledImages | None
     skipped: tuple[dict[str, str], ...] = field(default=())
+    doubles: tuple[tuple[str, ...], ...] = field(default=())
 
 
 def labels_of(label: Label) -> tuple[int, ...]:

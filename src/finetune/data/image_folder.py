@@ -1,14 +1,16 @@
 """Images in folders, one per class, with or without folders for the splits above them."""
 
 import logging
-import os
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.base import ImageFiles, LabelledImages, Splits
-from finetune.data.paths import existing_folder, printable
-from finetune.data.read import IMAGE_SUFFIXES
-from finetune.data.split import SPLIT_NAMES, cut_splits, listed
+from finetune.data.paths import existing_folder, printable, text_of
+from finetune.data.read import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
+from finetune.data.scan import SKIP, BadData, Folder, OnBad, Problem, Scan, problems_of, skipped
+from finetune.data.split import SPLIT_NAMES, cut_splits, listed, warn_of_case
 from finetune.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -17,89 +19,161 @@ _EXPECTED = "expected <root>/train|val|test/<class>/<image> or <root>/<class>/<i
 _TABLE = "For a table of paths: data=csv data.table=FILE"
 
 
-def image_folder(root: str, split_seed: int = 0) -> Splits:
+def image_folder(
+    root: str,
+    split_seed: int = 0,
+    on_bad: OnBad = "error",
+    max_pixels: int = MAX_PIXELS,
+    rescan: bool = False,
+) -> Splits:
     """root/train|val|test/<class>/... as it stands, or root/<class>/... cut 70 / 15 / 15.
 
     Classes are the folders of train (or of root) in alphabetical order; images lie at any depth
     below them. Hidden files and folders and __MACOSX are left out, other types of files counted.
     split_seed: of the cut. val or test is None where root has splits but not this one.
+    on_bad: what becomes of images that cannot be read, all of which are read once before; rescan:
+    again, though they are as they were. BadData lists all that is wrong.
     """
     folder = existing_folder(root, f"Unpack it if it is an archive. {_TABLE}")
-    walk = _Walk()
-    found = _split_folders(folder)
-    if not found:
-        classes, images = _class_folders(folder, walk)
-        walk.log_left_out(folder)
-        return cut_splits(images, classes, split_seed)
+    with Scan("image_folder", folder, max_pixels, rescan) as scan:
+        walk = _Walk(scan)
+        found = _split_folders(folder, walk)
+        parts = {"": _class_folders(folder, walk)} if not found else {}
+        if found:
+            parts["train"] = _class_folders(found["train"], walk)
+            for split in ("val", "test"):
+                if split in found:
+                    classes = parts["train"].classes
+                    parts[split] = _class_folders(found[split], walk, classes)
+        scan.look(walk.with_images)
+        doubles = scan.doubles(walk.with_images)
+    walk.warn_of_left_out(folder)
 
-    if "train" not in found:
-        raise DataError(
-            f"{printable(folder)} has {listed([path.name for path in found.values()])} "
-            f"but no train folder; {_EXPECTED}"
-        )
-    classes, train = _class_folders(found["train"], walk)
-    held_out = {
-        split: _class_folders(found[split], walk, train_classes=classes)[1]
-        for split in ("val", "test")
-        if split in found
-    }
-    walk.log_left_out(folder)
-    return Splits(classes, train, held_out.get("val"), held_out.get("test"))
+    bad = walk.bad | scan.bad
+    if walk.problems or (bad and on_bad == "error"):
+        files = problems_of(bad) if on_bad == "error" else []
+        advice = SKIP if files and not walk.problems else ""
+        raise BadData(printable(folder), [*walk.problems, *files], advice)
+    labelled = {split: part.labelled(bad, max_pixels) for split, part in parts.items()}
+    left_out = skipped(printable(folder), bad)
+    classes = parts["train" if found else ""].classes
+    warn_of_case(classes)
+    if found:
+        splits = Splits(classes, labelled["train"], labelled.get("val"), labelled.get("test"))
+    else:
+        splits = cut_splits(labelled[""], classes, split_seed)
+    return replace(splits, skipped=left_out, doubles=doubles)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A split: where it lies, and its images by class. names: of the folders, as in classes."""
+
+    place: str
+    classes: tuple[str, ...]
+    images: dict[str, list[str]]
+
+    def labelled(self, bad: Mapping[str, BadImage], max_pixels: int) -> LabelledImages:
+        """Those that are not bad. DataError if that leaves a class without any."""
+        paths, labels, emptied = [], [], []
+        for name, found in self.images.items():
+            kept = [path for path in found if path not in bad] if bad else found
+            if not kept:
+                emptied.append(name)
+            paths += [Path(path) for path in kept]
+            labels += [self.classes.index(name)] * len(kept)
+        if emptied:
+            raise DataError(
+                f"{self.place}: data.on_bad=skip would leave no image of {listed(emptied)}, since "
+                f"none can be read, such as {bad[self.images[emptied[0]][0]]}"
+            )
+        return LabelledImages.of(ImageFiles(paths, max_pixels), labels)
 
 
 class _Walk:
-    """One walk over all folders: which were already read, and which files are no images."""
+    """One walk over all folders: what is wrong, and what is left out."""
 
-    def __init__(self) -> None:
-        self._read: dict[tuple[int, int], str] = {}
-        self._left_out: Counter[str] = Counter()
+    def __init__(self, scan: Scan) -> None:
+        self.problems: list[Problem] = []
+        self.bad: dict[str, BadImage] = {}  # what bears an image's name but is none
+        self.with_images: list[Folder] = []
+        self._scan = scan
+        self._entered: dict[tuple[int, int], str] = {}
+        self._read: dict[str, Folder] = {}
 
-    def images_below(self, folder: str) -> list[str]:
-        """Paths of the images at any depth below folder, sorted."""
-        status = Path(folder).stat()
-        earlier = self._read.setdefault((status.st_dev, status.st_ino), folder)
-        if earlier != folder:
-            raise DataError(
-                f"{printable(folder)} and {printable(earlier)} are the same folder "
-                "(a symbolic link): its images would count twice. Remove the link"
+    def says(self, kind: str, what: str) -> None:
+        self.problems.append(Problem(kind, what))
+
+    def folder(self, path: Path | str) -> Folder:
+        """What lies straight in it; nothing, and a problem, if it cannot be read."""
+        path = str(path)
+        if path not in self._read:
+            try:
+                found = self._scan.folder(path)
+            except OSError as error:
+                self.says(
+                    "unreadable folder", f"{printable(path)} cannot be read: {error.strerror}"
+                )
+                found = Folder(path, 0, 0, 0)
+            for link in found.below(found.stuck):
+                self.says("link in a circle", f"{printable(link)} {_why_stuck(link)}; remove it")
+            self._read[path] = found
+        return self._read[path]
+
+    def images_below(self, path: str) -> list[str]:
+        """Paths of the images at any depth below a folder, sorted; also of the bad ones."""
+        folder = self.folder(path)
+        earlier = self._entered.setdefault(folder.identity, path)
+        if earlier != path and folder.identity != (0, 0):
+            self.says(
+                "folder reached twice",
+                f"{printable(path)} and {printable(earlier)} are the same folder "
+                "(a symbolic link): its images would count twice. Remove the link",
             )
-        folders, images, others = _entries(folder)
-        self._left_out.update(others)
-        for inner in folders:
-            images += self.images_below(inner)
+            return []
+        self.with_images.append(folder)
+        images = folder.below(folder.names)
+        for file in folder.below(folder.metadata):
+            why = "it is macOS metadata (AppleDouble), not the image; delete it"
+            self.bad[file] = BadImage(Path(file), "macOS metadata", why)
+            images.append(file)
+        for inner in folder.below(folder.folders):
+            if Path(inner).suffix.lower() in IMAGE_SUFFIXES:
+                why = "it is a folder that bears the name of an image"
+                self.bad[inner] = BadImage(Path(inner), "folder with an image's name", why)
+                images.append(inner)
+            else:
+                images += self.images_below(inner)
         return sorted(images)
 
-    def log_left_out(self, root: Path) -> None:
-        if self._left_out:
-            counts = ", ".join(f"{n} {suffix}" for suffix, n in self._left_out.most_common())
+    def warn_of_left_out(self, root: Path) -> None:
+        """Tell what lies there and is not read."""
+        others: Counter[str] = Counter()
+        for folder in self._read.values():
+            others.update(folder.others)
+        if others:
+            counts = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
             log.warning("%s: left out files that are no images: %s", printable(root), counts)
+        hidden = [path for folder in self._read.values() for path in folder.below(folder.hidden)]
+        if hidden:
+            log.warning(
+                "%s: left out what is hidden or of __MACOSX, such as %s; %d in all",
+                printable(root), printable(hidden[0]), len(hidden),
+            )  # fmt: skip
 
 
-def _entries(folder: Path | str) -> tuple[list[str], list[str], list[str]]:
-    """What lies straight in folder: paths of folders, sorted, and of images; others' suffixes."""
-    folders, images, others = [], [], []
+def _why_stuck(link: str) -> str:
     try:
-        with os.scandir(folder) as found:
-            for entry in found:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.path)
-                    continue
-                # pathlib would take seconds for a million files
-                suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
-                if suffix in IMAGE_SUFFIXES:
-                    images.append(entry.path)
-                else:
-                    others.append(suffix or "without suffix")
+        Path(link).stat()
     except OSError as error:
-        raise DataError(f"{printable(folder)} cannot be read: {error.strerror}") from error
-    return sorted(folders), images, others
+        return f"is a link that cannot be followed: {error.strerror}"
+    return "is a link that could not be followed"
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def _split_folders(root: Path, walk: _Walk) -> dict[str, Path]:
     """Split name to its folder; empty where the folders in root are the classes."""
-    folders = [Path(path) for path in _entries(root)[0]]
+    here = walk.folder(root)
+    folders = [Path(path) for path in here.below(here.folders)]
     found: dict[str, Path] = {}
     for path in folders:
         split = SPLIT_NAMES.get(path.name.lower())
@@ -111,56 +185,74 @@ def _split_folders(root: Path) -> dict[str, Path]:
         if split:
             found[split] = path
     # A class may be called train, among others: bus, car, train
-    if len(found) == 1 and len(folders) > 1 and not _holds_folders(*found.values()):
+    if len(found) == 1 and len(folders) > 1 and not walk.folder(*found.values()).folders:
         return {}
+    if found and "train" not in found:
+        raise DataError(
+            f"{printable(root)} has {listed([path.name for path in found.values()])} "
+            f"but no train folder; {_EXPECTED}"
+        )
     if found and (others := [path.name for path in folders if path not in found.values()]):
         log.warning(
             "%s: left out the folders %s, which are neither train, val nor test",
             printable(root), listed(others),
         )  # fmt: skip
+    if found and here.names:
+        log.warning(
+            "%s: left out %d images straight in it, such as %s",
+            printable(root), len(here.names), printable(here.names[0]),
+        )  # fmt: skip
     return found
 
 
-def _class_folders(
-    parent: Path, walk: _Walk, train_classes: tuple[str, ...] = ()
-) -> tuple[tuple[str, ...], LabelledImages]:
+def _class_folders(parent: Path, walk: _Walk, train_classes: tuple[str, ...] = ()) -> _Part:
     """The classes in parent and their images. train_classes: what val, test may have."""
-    place = printable(parent)
-    folders, loose, _ = _entries(parent)
+    place, here = printable(parent), walk.folder(parent)
+    loose, folders = here.below(here.names), here.below(here.folders)
     if not folders:
         what = f"but {len(loose)} images straight in it" if loose else "nor images"
-        raise DataError(f"{place} has no class folders, {what}; {_EXPECTED}. {_TABLE}")
+        if here.identity != (0, 0):  # else it could not be read, which was told
+            walk.says(
+                "no class folders", f"{place} has no class folders, {what}; {_EXPECTED}. {_TABLE}"
+            )
+        return _Part(place, train_classes, {})
     if loose:
-        raise DataError(
+        walk.says(
+            "images outside of classes",
             f"{place} holds {len(loose)} images outside its class folders, such as "
-            f"{printable(min(loose))}; move them to the folder of their class"
+            f"{printable(loose[0])}; move them to the folder of their class",
         )
-    names = [Path(folder).name for folder in folders]
+    names = [text_of(name) for name in here.folders]
     classes = train_classes or tuple(names)
     if unknown := [name for name in names if name not in classes]:
-        raise DataError(
+        walk.says(
+            "class that train lacks",
             f"{place} has classes that train lacks: {listed(unknown)}; "
-            "add training images of them, or remove these folders"
+            "add training images of them, or remove these folders",
         )
-    if len(classes) == 1:
-        inner = Path(folders[0])
-        hint = f"; did you mean data.root={printable(inner)}?" if _holds_folders(inner) else ""
-        raise DataError(f"{place} has one class folder only, {listed(names)}; {_EXPECTED}{hint}")
-
-    images = [walk.images_below(folder) for folder in folders]
-    if empty := [name for name, found in zip(names, images, strict=True) if not found]:
-        raise DataError(
+    nested = [path for path in folders if walk.folder(path).folders]
+    if not train_classes and nested and {name.lower() for name in names} <= SPLIT_NAMES.keys():
+        walk.says(
+            "splits within a split",
+            f"{place} holds the folders {listed(names)} where classes are expected; "
+            f"did you mean data.root={place}?",
+        )
+    elif len(classes) == 1:
+        hint = f"; did you mean data.root={printable(nested[0])}?" if nested else ""
+        walk.says(
+            "one class",
+            f"{place} has one class folder only, {listed(names)}; {_EXPECTED}{hint}",
+        )
+    images, empty = {}, []
+    for name, path in zip(names, folders, strict=True):
+        before = len(walk.problems)
+        images[name] = walk.images_below(path)
+        if not images[name] and len(walk.problems) == before:
+            empty.append(name)
+    if empty:
+        walk.says(
+            "class without images",
             f"{place} has class folders without images: {listed(empty)}; "
-            f"remove them or add images ({' '.join(sorted(IMAGE_SUFFIXES))})"
+            f"remove them or add images ({' '.join(sorted(IMAGE_SUFFIXES))})",
         )
-    labels = [
-        label
-        for name, found in zip(names, images, strict=True)
-        for label in [classes.index(name)] * len(found)
-    ]
-    paths = [Path(path) for found in images for path in found]
-    return classes, LabelledImages.of(ImageFiles(paths), labels)
-
-
-def _holds_folders(folder: Path) -> bool:
-    return bool(_entries(folder)[0])
+    return _Part(place, classes, images)

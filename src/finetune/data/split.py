@@ -8,7 +8,15 @@ from itertools import islice, product
 
 import numpy as np
 
-from finetune.data.base import LabelledImages, Splits, label_counts, labels_of
+from finetune.data.base import (
+    ImageFiles,
+    Label,
+    LabelledImages,
+    Splits,
+    label_counts,
+    labels_of,
+)
+from finetune.data.paths import printable
 from finetune.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -248,6 +256,48 @@ def check_splits(splits: Splits) -> None:
             "%d of the classes in train have no image in val, which cannot judge them: %s",
             len(ordered), listed(ordered),
         )  # fmt: skip
+
+
+def warn_of_case(classes: Sequence[str]) -> None:
+    """Tell of classes that are one class but for capitals, perhaps."""
+    folded: dict[str, list[str]] = {}
+    for name in classes:
+        folded.setdefault(name.casefold(), []).append(name)
+    if alike := [name for names in folded.values() if len(names) > 1 for name in names]:
+        log.warning("classes that differ only in capitals: %s; are they one?", listed(alike))
+
+
+def warn_of_doubles(splits: Splits) -> None:
+    """Tell of files with the same bytes that are in train and in val or test, or labelled apart."""
+    if not splits.doubles:
+        return
+    doubled = {path for group in splits.doubles for path in group}
+    places: dict[str, tuple[str, Label]] = {}
+    for name, images in {"train": splits.train, "val": splits.val, "test": splits.test}.items():
+        if images is not None and isinstance(images.images, ImageFiles):
+            for index, label in zip(images.indices, images.labels, strict=True):
+                if (path := str(images.images.paths[index])) in doubled:
+                    places[path] = name, label
+    leaks, contradictions = [], []
+    for group in splits.doubles:
+        known = [path for path in reversed(group) if path in places]
+        by_split = {places[path][0]: path for path in known}
+        by_label = {places[path][1]: path for path in known}
+        if len(by_split) > 1:
+            leaks.append(" and ".join(f"{printable(by_split[s])} ({s})" for s in sorted(by_split)))
+        if len(by_label) > 1:
+            named = {
+                printable(path): ", ".join(splits.classes[k] for k in labels_of(label))
+                for label, path in sorted(by_label.items())
+            }
+            contradictions.append(" and ".join(f"{path} ({name})" for path, name in named.items()))
+    for pairs, what in (
+        (leaks, "are in two splits, byte for byte, which flatters the results"),
+        (contradictions, "have two labels, byte for byte"),
+    ):
+        if pairs:
+            more = f"; and {len(pairs) - 5} more" if len(pairs) > 5 else ""
+            log.warning("%d images %s: %s%s", len(pairs), what, "; ".join(pairs[:5]), more)
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:
