@@ -1,12 +1,15 @@
 """What several tests need: a run in this process, and a command line in this process."""
 
+import atexit
 import csv
 import importlib
 import io
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -23,6 +26,10 @@ from finetune import cli, resolve
 from finetune.overrides import CONF
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin where cores are few
+
+# what tests compute is found by other tests of this session, and by nobody else
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="finetune-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
 SMALL = (

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from finetune import features
 from finetune.backbones.base import Backbone
 from finetune.callbacks import WholeCheckpointIO
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu
@@ -25,6 +26,7 @@ from finetune.data.sampler import batch_bounds
 from finetune.data.split import check_splits, cut_val, limit_train, select_classes
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
+from finetune.features import Features, Plan
 from finetune.loggers import MetricsFile
 from finetune.model import Classifier
 from finetune.strategies import Strategy, for_run
@@ -130,8 +132,13 @@ def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:
     return backbone
 
 
-def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> DataModule:
-    """Splits as batches of what the model's weights expect."""
+def build_datamodule(
+    cfg: DictConfig, splits: Splits, model: Classifier, task: Task | None = None
+) -> DataModule:
+    """Splits as batches of what the model's weights expect.
+
+    task: given, features stand in for images while its backbone is frozen.
+    """
     return DataModule(
         splits,
         train_transform=make(cfg.augment)(model.input_spec),
@@ -140,7 +147,41 @@ def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> Data
         num_workers=cfg.num_workers,
         seed=cfg.seed,
         balanced=cfg.data.get("balance") == "sampler",
+        features=build_features(cfg, model, task, len(splits.train)),
     )
+
+
+def build_features(
+    cfg: DictConfig, model: Classifier, task: Task | None, num_images: int
+) -> Features:
+    """Where features are kept, and what they stand in for. num_images: of train."""
+    kept = cfg.features.cache != "none"
+    typed = cfg.features.dir
+    folder = Path(typed).expanduser() if typed else features.default_folder()
+    augment = make(cfg.augment).func
+    plan = Plan()
+    if task is not None and kept and not is_sharded(cfg):
+        frozen = features.frozen_epochs(task.strategy_, model.depth, task.epochs)
+        plan = features.plan(
+            frozen,
+            task.epochs,
+            augment=None if augment is transforms.none else augment.__name__,
+            views=cfg.features.views,
+            mixes=bool(cfg.mixup or cfg.cutmix),
+            unused=frozen < task.epochs and num_devices(cfg) > 1,
+            num_bytes=4 * num_images * model.backbone.num_features,
+        )
+    return Features(model, folder if kept else None, cfg.batch_size, plan)
+
+
+def tell_of_features(cfg: DictConfig, plan: Plan) -> None:
+    """Tell why a frozen backbone is computed again and again, and of views that nobody sees."""
+    if plan.why_not:
+        log.info("features: the frozen backbone is computed in every epoch: %s", plan.why_not)
+    views = cfg.features.views
+    if views is not None and not (plan.views and plan.augmented):
+        why = "no epoch trains the head alone" if not plan.epochs else "training sees no views"
+        log.warning("features.views=%s has no effect: %s", views, why)
 
 
 def build_budget(cfg: DictConfig, num_images: int, num_val: int = 0) -> Budget:

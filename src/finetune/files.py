@@ -37,6 +37,12 @@ def output_file(typed: str | None, folder: Path, name: str) -> Path:
     return path / name if path.is_dir() or str(typed).endswith(("/", os.sep)) else path
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be computed again is kept: below $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "finetune" / name
+
+
 def sweep_parts(folder: Path) -> None:
     """Remove the files of write_whole in a folder whose writer was killed."""
     for part in folder.glob("*.part"):

@@ -41,10 +41,9 @@ from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
 from finetune.data.base import Splits, label_counts
 from finetune.data.split import stratified
-from finetune.datamodule import DataModule
+from finetune.datamodule import DataModule, labels_of
 from finetune.ema import EMA
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
-from finetune.features import extract
 from finetune.files import readable, sweep_parts
 from finetune.lock import locked, this_process
 from finetune.loggers import end_wandb
@@ -62,7 +61,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the time is felt
 
 # what a resume may change: none of it changes the arithmetic
-FREE_TO_CHANGE = ("num_workers", "logger", "checkpoint", "resume", "data.root", "data.download")
+FREE_TO_CHANGE = (
+    *("num_workers", "logger", "checkpoint", "resume", "data.root", "data.download"),
+    "features.dir",
+)
 
 
 def fit(
@@ -229,7 +231,9 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
         budget.total_steps, budget.epochs, budget.steps_per_epoch,
         "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs",
     )  # fmt: skip
-    return Parts(cfg, choices, splits, budget, task, build.build_datamodule(cfg, splits, model))
+    datamodule = build.build_datamodule(cfg, splits, model, task)
+    build.tell_of_features(cfg, datamodule.plan)
+    return Parts(cfg, choices, splits, budget, task, datamodule)
 
 
 def check_monitor(monitor: str | None, task: Task) -> None:
@@ -294,9 +298,10 @@ def start_from_ridge(parts: Parts, device: torch.device, seed: int) -> None:
     if len(images) > MOST_FOR_RIDGE:
         log.info("head.init=ridge: %d of %d training images", MOST_FOR_RIDGE, len(images))
         images = images.subset(stratified(images.strata(), MOST_FOR_RIDGE, seed))
-    features, labels = extract(model, parts.datamodule.unaugmented(images), device)
+    features = parts.datamodule.unaugmented_features(images, device)
     if device.type != "cuda":  # others have no float64
-        features, labels = features.cpu(), labels.cpu()
+        features = features.cpu()
+    labels = labels_of(images).to(features.device)
     targets = F.one_hot(labels, len(model.classes))
     found = ridge.solve(features, targets)
     scale = ridge.softmax_scale(found.predictions, targets)

@@ -15,9 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from finetune.build import num_devices
 from finetune.callbacks import Interrupted
-from finetune.datamodule import usable_cores
 from finetune.errors import ConfigError, FinetuneError
 from finetune.fit import fit
+from finetune.machine import usable_cores
 
 log = logging.getLogger(__name__)
 
