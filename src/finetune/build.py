@@ -21,13 +21,14 @@ from finetune.backbones.base import Backbone
 from finetune.callbacks import WholeCheckpointIO
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu
 from finetune.data import transforms
-from finetune.data.base import LabelledImages, Splits, label_counts
+from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts
 from finetune.data.sampler import batch_bounds
 from finetune.data.split import check_splits, cut_val, limit_train, select_classes
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
 from finetune.features import Features, Plan
 from finetune.loggers import MetricsFile
+from finetune.machine import num_threads, num_workers, usable_cores
 from finetune.model import Classifier
 from finetune.strategies import Strategy, for_run
 from finetune.strategies.effect import without_effect
@@ -144,11 +145,30 @@ def build_datamodule(
         train_transform=make(cfg.augment)(model.input_spec),
         eval_transform=transforms.evaluation(model.input_spec),
         batch_size=cfg.batch_size,
-        num_workers=cfg.num_workers,
+        num_workers=choose_workers(cfg, splits),
         seed=cfg.seed,
         balanced=cfg.data.get("balance") == "sampler",
         features=build_features(cfg, model, task, len(splits.train)),
     )
+
+
+def choose_workers(cfg: DictConfig, splits: Splits) -> int:
+    """num_workers, or what the cores of each rank and the images ask for."""
+    if cfg.num_workers is not None:
+        return int(cfg.num_workers)
+    cores = usable_cores() // num_devices(cfg)
+    return num_workers(cores, isinstance(splits.train.images, ImageArray), on_gpu(cfg))
+
+
+def use_cores(cfg: DictConfig, workers: int) -> None:
+    """Let this process compute on the cores that it has, and tell how they are used."""
+    threads = num_threads(num_devices(cfg))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    log.info(
+        "cores: %d; %d threads compute, %d workers read images (OMP_NUM_THREADS=, num_workers=)",
+        usable_cores(), threads, workers,
+    )  # fmt: skip
 
 
 def build_features(
@@ -171,7 +191,8 @@ def build_features(
             unused=frozen < task.epochs and num_devices(cfg) > 1,
             num_bytes=4 * num_images * model.backbone.num_features,
         )
-    return Features(model, folder if kept else None, cfg.batch_size, plan)
+    threads = num_threads(num_devices(cfg))
+    return Features(model, folder if kept else None, cfg.batch_size, plan, threads)
 
 
 def tell_of_features(cfg: DictConfig, plan: Plan) -> None:

@@ -11,18 +11,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.base import ImageArray, LabelledImages, Splits
+from finetune.data.base import LabelledImages, Splits
 from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
 from finetune.features import FeatureLoader, Features, Plan, Ranks, Wheres
-from finetune.machine import usable_cores
 
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
 Sample = tuple[Tensor, int | Tensor]
 EVALUATED_AT_ONCE = 4096  # features: a head alone takes little memory
+SMALL_HEAD = 1_000_000  # weights: to wake a second thread takes longer than to use it
 
 
 class TransformedImages(Dataset[Sample | DataError]):
@@ -78,7 +78,7 @@ def labels_of(images: LabelledImages) -> Tensor:
 
 
 class DataModule(L.LightningDataModule):
-    """Splits to batches. batch_size: per device. num_workers: None chooses from cores and data.
+    """Splits to batches. batch_size: per device. num_workers: processes that read images.
 
     balanced: training draws every class equally often, and rare images more than once an epoch.
     features: what stands in for images while the backbone is frozen; a batch then holds float
@@ -91,7 +91,7 @@ class DataModule(L.LightningDataModule):
         train_transform: Transform,
         eval_transform: Transform,
         batch_size: int,
-        num_workers: int | None = None,
+        num_workers: int = 0,
         seed: int = 0,
         balanced: bool = False,
         features: Features | None = None,
@@ -102,10 +102,7 @@ class DataModule(L.LightningDataModule):
         self.splits, self.balanced = splits, balanced
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.seed = batch_size, seed
-        # images in memory are transformed faster than they are sent between processes
-        in_memory = isinstance(splits.train.images, ImageArray)
-        chosen = 0 if in_memory else min(8, usable_cores() - 1)
-        self.num_workers = chosen if num_workers is None else num_workers
+        self.num_workers = num_workers
 
     @property
     def plan(self) -> Plan:
@@ -154,6 +151,7 @@ class DataModule(L.LightningDataModule):
 
     def _training_features(self) -> Tensor | None:
         """Of all views, in the epochs that they stand in for images."""
+        assert self.features is not None
         plan = self.plan
         if self._where()[0] >= plan.epochs:
             self._held.clear()
@@ -168,6 +166,9 @@ class DataModule(L.LightningDataModule):
                 for view in range(views)
             ]
             self._held["train"] = torch.stack(found) if views > 1 else found[0][None]
+            head = sum(weight.numel() for weight in self.features.model.head.parameters())
+            if plan.always and head < SMALL_HEAD:
+                torch.set_num_threads(1)
         return self._held["train"]
 
     def _evaluated(self, name: str, images: LabelledImages) -> LazyLoader | FeatureLoader:

@@ -112,6 +112,17 @@ def evaluating(model: Classifier) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def threads(num: int) -> Iterator[None]:
+    """So many threads compute, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class FeatureLoader:
     """The batches of a loader, with features in place of images while they stand in for them.
 
@@ -173,11 +184,20 @@ class Ranks:
 class Features:
     """Features of one backbone as long as it does not change.
 
-    folder: of the files; None keeps them in memory alone.
+    folder: of the files; None keeps them in memory alone. num_threads: that compute them, while
+    fewer may do for the head.
     """
 
-    def __init__(self, model: Classifier, folder: Path | None, batch_size: int, plan: Plan) -> None:
+    def __init__(
+        self,
+        model: Classifier,
+        folder: Path | None,
+        batch_size: int,
+        plan: Plan,
+        num_threads: int = 1,
+    ) -> None:
         self.model, self.folder, self.plan = model, folder, plan
+        self.num_threads = num_threads
         # enough memory where little is left for training; the same for all usual sizes
         self.batch_size = min(BATCH, 4 * batch_size)
         self._weights: str | None = None
@@ -255,7 +275,7 @@ class Features:
     ) -> Callable[[Sequence[Wheres]], Iterator[Tensor]]:
         def run(batches: Sequence[Wheres]) -> Iterator[Tensor]:
             for images, _ in load(batches):
-                with evaluating(self.model):
+                with evaluating(self.model), threads(self.num_threads):
                     if context is None:
                         features = self.model.features(images.to(device))
                     else:

@@ -203,6 +203,7 @@ def prepare(cfg: DictConfig, why_model: str) -> Parts:
     """Build data, model and task, and say what they are."""
     cfg = cfg.copy()
     splits = build.build_splits(cfg)
+    build.use_cores(cfg, build.choose_workers(cfg, splits))
     recipe: Recipe = build.make(cfg.recipe)
     data = resolve.data_facts(cfg, splits, build.num_devices(cfg))
     choices = resolve.fill(cfg, recipe(data, None))

@@ -16,6 +16,36 @@ def usable_cores(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     return cores if limit is None else max(1, min(cores, math.floor(limit)))
 
 
+def num_threads(processes: int = 1) -> int:
+    """Threads that compute in each of so many processes; what OMP_NUM_THREADS asks for stands.
+
+    It knows nothing of workers: sums over threads round by their number, and a run that is resumed
+    with other workers ends with the same bytes.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else max(1, usable_cores() // processes)
+
+
+def num_workers(cores: int, in_memory: bool, on_gpu: bool) -> int:
+    """Processes that read images for one that trains on so many cores.
+
+    in_memory: transformed faster than they are sent between processes. on_gpu: the cores have
+    nothing else to do; a network on the CPU needs several times what its images need.
+    """
+    if in_memory or cores < 2:
+        return 0
+    return min(8, cores - 1) if on_gpu else min(8, max(1, cores // 4))
+
+
+def let_threads_sleep() -> None:
+    """Have threads that wait for others give up their core; before torch is imported.
+
+    They would spin instead, for a millisecond at the end of each operation, against workers and
+    other processes: a plain loop with two workers on two cores fell to a tenth by that.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def quota(cgroups: Path = CGROUPS, own: Path = OWN) -> float | None:
     """Cores' worth of time that the container may take; None without a limit."""
     quotas = []
