@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune import features
 from finetune.backbones.base import Backbone
-from finetune.callbacks import WholeCheckpointIO
+from finetune.callbacks import Trace, WholeCheckpointIO
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts
@@ -37,6 +38,7 @@ from finetune.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
+SKIPPED_BY_TRACE = 20  # steps: buffers are allocated and kernels chosen in the first
 MOST_VALIDATIONS, LEAST_VALIDATIONS = 25, 5
 
 
@@ -269,6 +271,10 @@ def build_trainer(
     if sys.stdout.isatty():  # elsewhere a line per validation tells how it goes
         callbacks = [*callbacks, RichProgressBar(leave=False)]
     make_trainer: Callable[..., L.Trainer] = make(cfg.trainer)
+    if cfg.trainer.get("profiler") == "pytorch":
+        # Lightning's own counts validation steps too, and torch refuses what comes of it
+        make_trainer = partial(make_trainer, profiler=None)
+        callbacks = [*callbacks, Trace(run, skip=min(SKIPPED_BY_TRACE, budget.total_steps // 2))]
     try:
         return make_trainer(
             default_root_dir=run,

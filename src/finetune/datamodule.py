@@ -1,6 +1,7 @@
 """The one LightningDataModule: it feeds any dataset to any model."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -49,13 +50,19 @@ class LazyLoader(DataLoader[Sample | DataError]):
     """A DataLoader that asks its sampler when the first batch is drawn, not at iter().
 
     Lightning calls iter() before the epoch's counters are set, and workers prefetch at once.
+    waited: seconds, so far, until a batch that was asked for was there.
     """
 
+    waited = 0.0
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+        began = time.perf_counter()
         for batch in super().__iter__():
+            self.waited += time.perf_counter() - began
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+            began = time.perf_counter()
 
 
 def collate(samples: list[Sample | DataError]) -> Batch | DataError:

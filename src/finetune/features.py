@@ -144,6 +144,11 @@ class FeatureLoader:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def waited(self) -> float:
+        """Seconds that were spent on images; features are there."""
+        return float(self.images.waited)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         features = self.features()
         if features is None:

@@ -36,6 +36,7 @@ from finetune.callbacks import (
     refuse_lost_end,
     show_confusion,
     tensorboard,
+    verdict,
 )
 from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
@@ -47,6 +48,7 @@ from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.files import readable, sweep_parts
 from finetune.lock import locked, this_process
 from finetune.loggers import end_wandb
+from finetune.machine import usable_cores
 from finetune.measure import measure, named_splits, print_metrics
 from finetune.model import Classifier
 from finetune.recipes import Choice, Recipe, none
@@ -176,6 +178,7 @@ def train_and_test(
             test=results.test,
             **{f"per_class_{results.per_class_metric}": per_class},
             images_per_second=throughput.images_per_second,
+            **waiting(throughput, cfg, parts.datamodule.num_workers),
             seconds=time.time() - began,
             time_to_first_step=first_step and first_step - finetune.STARTED,
         )
@@ -185,6 +188,15 @@ def train_and_test(
         log.info("run: %s", shown_path(run))
         if tensorboard(trainer):
             log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
+
+
+def waiting(throughput: Throughput, cfg: DictConfig, num_workers: int) -> dict[str, Any]:
+    """Share of the time that waits for data, and what it means: told, and for run.json."""
+    share, said = throughput.data_wait, None
+    if share is not None:
+        said = verdict(share, num_workers, usable_cores() // build.num_devices(cfg))
+        log.info("%s", said)
+    return {"data_wait": share, "verdict": said}
 
 
 @dataclass(frozen=True)
