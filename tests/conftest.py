@@ -28,8 +28,8 @@ from finetune.overrides import CONF
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin where cores are few
 
 # what tests compute is found by other tests of this session, and by nobody else
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="finetune-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+os.environ["FINETUNE_CACHE"] = tempfile.mkdtemp(prefix="finetune-")
+atexit.register(shutil.rmtree, os.environ["FINETUNE_CACHE"], ignore_errors=True)
 
 # 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
 SMALL = (

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ PROBE = (
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where this test alone keeps features."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "finetune" / "features"
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
 
 
 def parts(*overrides):
@@ -215,6 +216,16 @@ def test_what_stands_in_for_training_images(change, views, why):
     assert found.always == (found.epochs == 3)
 
 
+def test_where_features_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    assert features.default_folder() == tmp_path / "features"
+    monkeypatch.delenv("FINETUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert features.default_folder() == tmp_path / "finetune" / "features"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert features.default_folder() == Path.home() / ".cache" / "finetune" / "features"
+
+
 def test_how_long_a_backbone_is_frozen():
     frozen = [
         features.frozen_epochs(strategy, depth=3, epochs=5)
@@ -294,6 +305,7 @@ def test_a_run_on_features_that_was_lost_ends_with_the_same_bytes(
         (("augment=light",), "augment=light makes new pixels in each of 2 epochs"),
         (("features.views=3",), "features.views=3 has no effect"),
         (("strategy=full", "features.views=3"), "no epoch trains the head alone"),
+        (("strategy=lp_ft", "trainer.strategy=ddp"), "with one device it would not"),
     ],
     ids=" ".join,
 )

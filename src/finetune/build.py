@@ -183,6 +183,7 @@ def build_features(
     augment = make(cfg.augment).func
     plan = Plan()
     if task is not None and kept and not is_sharded(cfg):
+        is_ddp = "ddp" in str(cfg.trainer.get("strategy"))
         frozen = features.frozen_epochs(task.strategy_, model.depth, task.epochs)
         plan = features.plan(
             frozen,
@@ -190,7 +191,7 @@ def build_features(
             augment=None if augment is transforms.none else augment.__name__,
             views=cfg.features.views,
             mixes=bool(cfg.mixup or cfg.cutmix),
-            unused=frozen < task.epochs and num_devices(cfg) > 1,
+            unused=frozen < task.epochs and (num_devices(cfg) > 1 or is_ddp),
             num_bytes=4 * num_images * model.backbone.num_features,
         )
     threads = num_threads(num_devices(cfg))

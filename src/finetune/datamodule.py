@@ -184,7 +184,9 @@ class DataModule(L.LightningDataModule):
             return loader
         assert self.trainer is not None
         ranks = self.trainer.global_rank, self.trainer.world_size
-        batches = EpochBatches(len(images), EVALUATED_AT_ONCE, 0, False, *ranks)
+        limited = getattr(self.trainer, f"limit_{name}_batches") != 1.0  # to some of this size
+        size = self.batch_size if limited else EVALUATED_AT_ONCE
+        batches = EpochBatches(len(images), size, 0, False, *ranks)
         features = partial(self._evaluated_features, name, images)
         return FeatureLoader(loader, batches, labels_of(images), features)
 

@@ -38,9 +38,12 @@ def output_file(typed: str | None, folder: Path, name: str) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """Where what can be computed again is kept: below $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "finetune" / name
+    """Where what can be computed again is kept: in $FINETUNE_CACHE, or ~/.cache/finetune.
+
+    In place of ~/.cache stands $XDG_CACHE_HOME, as everywhere.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune"
+    return Path(os.environ.get("FINETUNE_CACHE") or base).expanduser() / name
 
 
 def sweep_parts(folder: Path) -> None:
