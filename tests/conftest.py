@@ -1,11 +1,13 @@
 """What several tests need: a run in this process, and a command line in this process."""
 
+import atexit
 import csv
 import importlib
 import io
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +26,10 @@ from finetune import cli, resolve
 from finetune.overrides import CONF
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin where cores are few
-os.environ["FINETUNE_CACHE"] = tempfile.mkdtemp(prefix="finetune-tests-")  # not that of the user
+
+# what tests compute is found by other tests of this session, and by nobody else
+os.environ["FINETUNE_CACHE"] = tempfile.mkdtemp(prefix="finetune-")
+atexit.register(shutil.rmtree, os.environ["FINETUNE_CACHE"], ignore_errors=True)
 
 # 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
 SMALL = (

@@ -1,8 +1,10 @@
 """What is kept of a run, and how it stops."""
 
+import json
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from finetune.callbacks import (
     Interrupted,
     StepCheckpoints,
     StopSignals,
+    Throughput,
     confusion_figure,
     lower_is_better,
+    verdict,
 )
+from finetune.datamodule import TransformedImages
 from finetune.tasks.classification import Classification, per_class_accuracy
 
 
@@ -318,3 +323,38 @@ def test_a_disk_without_room_is_refused_before_the_training(command, tmp_path, m
     assert done.code == 1
     assert "run has room for 3 MB, and the checkpoints need about " in done.err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "workers", "said"),
+    [
+        (0.02, 1, "compute-bound: 2% of the time waits for data"),
+        (0.34, 1, "input-bound: 34% of the time waits for data; try num_workers=3"),
+        (0.34, 3, "input-bound: 34% of the time waits for data; smaller image files"),
+    ],
+)
+def test_the_verdict_names_the_share_and_what_to_type(share, workers, said):
+    assert verdict(share, workers, cores=4).startswith(said)
+
+
+def test_a_run_tells_how_long_it_waits_for_data(train, monkeypatch):
+    monkeypatch.setattr(Throughput, "SKIP", 2)
+    read = TransformedImages.__getitem__
+
+    def slowly(images, where):
+        time.sleep(0.02)
+        return read(images, where)
+
+    monkeypatch.setattr(TransformedImages, "__getitem__", slowly)
+    facts = facts_of(train("epochs=1"))
+    assert 0.3 < facts["data_wait"] < 1.0
+    assert facts["verdict"].startswith("input-bound: ")
+
+
+def test_a_profiled_run_leaves_a_trace_that_a_browser_opens(train):
+    run = train("trainer=profile", "epochs=2")
+    (trace,) = (run / "profile").glob("*.pt.trace.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert any("convolution" in name for name in names)
+    assert any(name.startswith("Optimizer.step") for name in names)

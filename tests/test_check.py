@@ -19,8 +19,8 @@ from finetune.check import (
     problems_of,
     spelled,
 )
-from finetune.datamodule import usable_cores
 from finetune.errors import ConfigError
+from finetune.machine import usable_cores
 
 
 def problems(*overrides, command="train"):
@@ -48,6 +48,8 @@ THEN = ("strategy=lp_ft", "strategy@strategy.then=layer_decay")
         ("seed=99999999999999999999999999", "must be a whole number from 0 to 4294967295"),
         ("deterministic=null", "deterministic=null: must be true or false"),
         ("patience=0", "patience=0"),
+        ("features.cache=disk", "features.cache=disk: must be auto or none"),
+        ("features.views=0", "features.views=0: must be a whole number of views of each image"),
         ("deterministic=1", "deterministic=1: must be true or false"),
         ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0"),
         ("monitor=test/accuracy", "monitor=test/accuracy: must be one of val/accuracy, val/f1"),

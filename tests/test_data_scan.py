@@ -294,12 +294,12 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_only_costs_time(
 def test_the_cache_lies_among_those_of_the_user_or_where_it_is_told(monkeypatch, tmp_path):
     monkeypatch.delenv("FINETUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "finetune"
+    assert cache_folder("a") == tmp_path / "finetune/a"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
-    assert cache_folder() == tmp_path / "me/.cache/finetune"
+    assert cache_folder("a") == tmp_path / "me/.cache/finetune/a"
     monkeypatch.setenv("FINETUNE_CACHE", "here")
-    assert cache_folder() == Path.cwd() / "here"
+    assert cache_folder("a") == Path.cwd() / "here/a"
 
 
 def test_of_two_processes_one_scans_and_the_other_waits_for_what_it_finds(

@@ -5,7 +5,6 @@ import torch
 
 from conftest import composed
 from finetune import build, recipes, resolve
-from finetune.data.base import ImageArray, ImageFiles, LabelledImages, Splits
 from finetune.data.fake import fake
 from finetune.data.sampler import epoch_order
 from finetune.data.transforms import evaluation, strong
@@ -115,17 +114,6 @@ def test_the_pictures_show_what_the_first_batch_holds():
     first = next(iter(module.train_dataloader()))[0]
     assert torch.equal(module.first_training_images(4), first)
     assert len(module.first_training_images(100)) == 27
-
-
-def test_workers_are_for_files_and_not_for_images_in_memory(tmp_path):
-    in_memory = LabelledImages.of(ImageArray(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), [0, 1])
-    files = LabelledImages.of(ImageFiles([tmp_path / "a.png", tmp_path / "b.png"]), [0, 1])
-    chosen = [
-        DataModule(Splits(("a", "b"), s, s, s), strong(SPEC), evaluation(SPEC), 4).num_workers
-        for s in (in_memory, files)
-    ]
-    assert chosen[0] == 0
-    assert 0 <= chosen[1] <= 8
 
 
 def test_a_batch_of_one_image_is_a_batch():

@@ -268,6 +268,20 @@ HOWS = [
 
 
 @pytest.mark.slow
+def test_ranks_share_the_work_of_features_and_later_runs_find_them(tmp_path):
+    probe = ["strategy=linear_probe", "augment=none", f"features.dir={tmp_path / 'features'}"]
+    done = train(*probe, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len([*(tmp_path / "features").iterdir()]) == 3  # train, val, test
+    again = train(*probe, f"hydra.run.dir={tmp_path / 'again'}")
+    assert_same_end(tmp_path / "again", tmp_path / "run")
+    assert again.stdout.count("values each, found") == 3
+    alone = train(*probe, "trainer=default", f"hydra.run.dir={tmp_path / 'alone'}")
+    # the same digests: none of them tells of ranks
+    assert alone.stdout.count("values each, found") == 3, alone.stdout + alone.stderr
+
+
+@pytest.mark.slow
 def test_fsdp_trains_as_ddp_does_and_resumes(tmp_path):
     how = ["epochs=4", "checkpoint.every_n_steps=5"]  # of 3 steps each
     hows = f"HOWS = {[[*more, *how] for more in HOWS]}"

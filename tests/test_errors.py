@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import SMALL, facts_of, write_photos
-from finetune.datamodule import usable_cores
+from finetune.machine import usable_cores
 
 MODEL = [o for o in SMALL if not o.startswith("data")]
 

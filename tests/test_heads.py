@@ -19,8 +19,8 @@ from finetune.backbones.timm import timm
 from finetune.backbones.tiny import tiny
 from finetune.backbones.torchvision import torchvision
 from finetune.data.split import stratified
+from finetune.datamodule import labels_of
 from finetune.errors import CheckpointError, ConfigError
-from finetune.features import extract
 from finetune.restore import load
 from finetune.ridge import GRID
 
@@ -163,9 +163,8 @@ def features_of(*overrides):
     datamodule = build.build_datamodule(cfg, splits, model)
     found = {}
     for name, images in measure.named_splits(splits).items():
-        batches = datamodule.unaugmented(images)
-        features, labels = extract(model, batches, torch.device("cpu"))
-        found[name] = features.double().numpy(), labels.numpy()
+        features = datamodule.unaugmented_features(images, torch.device("cpu"))
+        found[name] = features.double().numpy(), labels_of(images).numpy()
     return found
 
 

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from finetune import features
 from finetune.backbones.base import Backbone
-from finetune.callbacks import WholeCheckpointIO
+from finetune.callbacks import Trace, WholeCheckpointIO
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu
 from finetune.data import transforms
-from finetune.data.base import LabelledImages, Splits, label_counts
+from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts
 from finetune.data.sampler import batch_bounds
 from finetune.data.scan import BadData
 from finetune.data.split import check_splits, cut_val, limit_train, select_classes, warn_of_doubles
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
+from finetune.features import Features, Plan
 from finetune.loggers import MetricsFile
+from finetune.machine import num_threads, num_workers, usable_cores
 from finetune.model import Classifier
 from finetune.strategies import Strategy, for_run
 from finetune.strategies.effect import without_effect
@@ -35,6 +39,7 @@ from finetune.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
+SKIPPED_BY_TRACE = 20  # steps: buffers are allocated and kernels chosen in the first
 MOST_VALIDATIONS, LEAST_VALIDATIONS = 25, 5
 
 
@@ -141,17 +146,77 @@ def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:
     return backbone
 
 
-def build_datamodule(cfg: DictConfig, splits: Splits, model: Classifier) -> DataModule:
-    """Splits as batches of what the model's weights expect."""
+def build_datamodule(
+    cfg: DictConfig, splits: Splits, model: Classifier, task: Task | None = None
+) -> DataModule:
+    """Splits as batches of what the model's weights expect.
+
+    task: given, features stand in for images while its backbone is frozen.
+    """
     return DataModule(
         splits,
         train_transform=make(cfg.augment)(model.input_spec),
         eval_transform=transforms.evaluation(model.input_spec),
         batch_size=cfg.batch_size,
-        num_workers=cfg.num_workers,
+        num_workers=choose_workers(cfg, splits),
         seed=cfg.seed,
         balanced=cfg.data.get("balance") == "sampler",
+        features=build_features(cfg, model, task, len(splits.train)),
     )
+
+
+def choose_workers(cfg: DictConfig, splits: Splits) -> int:
+    """num_workers, or what the cores of each rank and the images ask for."""
+    if cfg.num_workers is not None:
+        return int(cfg.num_workers)
+    cores = usable_cores() // num_devices(cfg)
+    return num_workers(cores, isinstance(splits.train.images, ImageArray), on_gpu(cfg))
+
+
+def use_cores(cfg: DictConfig, workers: int) -> None:
+    """Let this process compute on the cores that it has, and tell how they are used."""
+    threads = num_threads(num_devices(cfg))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    log.info(
+        "cores: %d; %d threads compute, %d workers read images (OMP_NUM_THREADS=, num_workers=)",
+        usable_cores(), threads, workers,
+    )  # fmt: skip
+
+
+def build_features(
+    cfg: DictConfig, model: Classifier, task: Task | None, num_images: int
+) -> Features:
+    """Where features are kept, and what they stand in for. num_images: of train."""
+    kept = cfg.features.cache != "none"
+    typed = cfg.features.dir
+    folder = Path(typed).expanduser() if typed else features.default_folder()
+    augment = make(cfg.augment).func
+    plan = Plan()
+    if task is not None and kept and not is_sharded(cfg):
+        is_ddp = "ddp" in str(cfg.trainer.get("strategy"))
+        frozen = features.frozen_epochs(task.strategy_, model.depth, task.epochs)
+        plan = features.plan(
+            frozen,
+            task.epochs,
+            augment=None if augment is transforms.none else augment.__name__,
+            views=cfg.features.views,
+            mixes=bool(cfg.mixup or cfg.cutmix),
+            unused=frozen < task.epochs and (num_devices(cfg) > 1 or is_ddp),
+            num_bytes=4 * num_images * model.backbone.num_features,
+        )
+    threads = num_threads(num_devices(cfg))
+    return Features(model, folder if kept else None, cfg.batch_size, plan, threads)
+
+
+def tell_of_features(cfg: DictConfig, plan: Plan) -> None:
+    """Tell why a frozen backbone is computed again and again, and of views that nobody sees."""
+    if plan.why_not:
+        log.info("features: the frozen backbone is computed in every epoch: %s", plan.why_not)
+    views = cfg.features.views
+    if views is not None and not (plan.views and plan.augmented):
+        why = "no epoch trains the head alone" if not plan.epochs else "training sees no views"
+        log.warning("features.views=%s has no effect: %s", views, why)
 
 
 def build_budget(cfg: DictConfig, num_images: int, num_val: int = 0) -> Budget:
@@ -226,6 +291,10 @@ def build_trainer(
             "validated", interval, budget.batches_per_epoch,
         )  # fmt: skip
         interval = None
+    if cfg.trainer.get("profiler") == "pytorch":
+        # Lightning's own counts validation steps too, and torch refuses what comes of it
+        make_trainer = partial(make_trainer, profiler=None)
+        callbacks = [*callbacks, Trace(run, skip=min(SKIPPED_BY_TRACE, budget.total_steps // 2))]
     try:
         return make_trainer(
             default_root_dir=run,

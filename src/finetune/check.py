@@ -17,8 +17,8 @@ from finetune import loggers
 from finetune.backbones import module, run, timm, tiny, torchvision
 from finetune.data import torchvision as torchvision_sets
 from finetune.data.split import check_limits
-from finetune.datamodule import usable_cores
 from finetune.errors import ConfigError, FinetuneError
+from finetune.machine import usable_cores
 from finetune.typed import shown
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
@@ -294,6 +294,9 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("strategy.decay", False, _number(lambda v: 0 < v <= 1), "a number above 0, at most 1"),
     ("strategy.every", True, _whole(1), "a whole number of epochs from 1, or null"),
     ("strategy.backbone", False, _number(lambda v: v >= 0), "a factor on the base lr, from 0"),
+    ("features.cache", False, lambda v: v in ("auto", "none"), "auto or none"),
+    ("features.views", True, _whole(1), "a whole number of views of each image from 1, or null"),
+    ("features.dir", True, lambda v: isinstance(v, str), "a folder, or null"),
     ("deterministic", False, lambda v: isinstance(v, bool), "true or false"),
     ("checkpoint.every_n_steps", False, _whole(1), "a whole number from 1"),
     ("mixup", True, FROM_0, "a number from 0, or null"),

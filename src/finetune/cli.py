@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.errors import ConfigError, FinetuneError
+from finetune.machine import let_threads_sleep
 from finetune.overrides import (
     asks_for_config,
     asks_for_information,
@@ -43,6 +44,7 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
 
     name: of the YAML in conf/. task: a function under @hydra.main, which reads sys.argv.
     """
+    let_threads_sleep()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
     try:
         sys.argv[1:] = prepared(name, signs_quoted(sys.argv[1:]))

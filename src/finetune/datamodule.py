@@ -1,24 +1,29 @@
 """The one LightningDataModule: it feeds any dataset to any model."""
 
 import logging
-import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.base import ImageArray, LabelledImages, Splits
+from finetune.data.base import LabelledImages, Splits
 from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
+from finetune.features import FeatureLoader, Features, Plan, Ranks, Wheres
 
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
 Sample = tuple[Tensor, int | Tensor]
+EVALUATED_AT_ONCE = 4096  # features: a head alone takes little memory
+SMALL_HEAD = 1_000_000  # weights: to wake a second thread takes longer than to use it
 
 
 class TransformedImages(Dataset[Sample | DataError]):
@@ -45,13 +50,19 @@ class LazyLoader(DataLoader[Sample | DataError]):
     """A DataLoader that asks its sampler when the first batch is drawn, not at iter().
 
     Lightning calls iter() before the epoch's counters are set, and workers prefetch at once.
+    waited: seconds, so far, until a batch that was asked for was there.
     """
 
+    waited = 0.0
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+        began = time.perf_counter()
         for batch in super().__iter__():
+            self.waited += time.perf_counter() - began
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+            began = time.perf_counter()
 
 
 def collate(samples: list[Sample | DataError]) -> Batch | DataError:
@@ -66,15 +77,19 @@ def collate(samples: list[Sample | DataError]) -> Batch | DataError:
     return torch.stack(images), torch.stack(labels) if several else torch.tensor(labels)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, which in a container is fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def labels_of(images: LabelledImages) -> Tensor:
+    """Classes (N,), or targets (N, K), as batches hold them."""
+    if images.num_classes is None:
+        return torch.tensor(images.labels)
+    return images.targets(images.num_classes)
 
 
 class DataModule(L.LightningDataModule):
-    """Splits to batches. batch_size: per device. num_workers: None chooses from cores and data.
+    """Splits to batches. batch_size: per device. num_workers: processes that read images.
 
     balanced: training draws every class equally often, and rare images more than once an epoch.
+    features: what stands in for images while the backbone is frozen; a batch then holds float
+    (B, D) in their place.
     """
 
     def __init__(
@@ -83,37 +98,54 @@ class DataModule(L.LightningDataModule):
         train_transform: Transform,
         eval_transform: Transform,
         batch_size: int,
-        num_workers: int | None = None,
+        num_workers: int = 0,
         seed: int = 0,
         balanced: bool = False,
+        features: Features | None = None,
     ) -> None:
         super().__init__()
+        self.features = features
+        self._held: dict[str, Tensor] = {}  # (views, N, D) by split
         self.splits, self.balanced = splits, balanced
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.seed = batch_size, seed
-        # images in memory are transformed faster than they are sent between processes
-        in_memory = isinstance(splits.train.images, ImageArray)
-        chosen = 0 if in_memory else min(8, usable_cores() - 1)
-        self.num_workers = chosen if num_workers is None else num_workers
+        self.num_workers = num_workers
 
-    def train_dataloader(self) -> LazyLoader:
+    @property
+    def plan(self) -> Plan:
+        """Which features stand in for images."""
+        return self.features.plan if self.features else Plan()
+
+    def train_dataloader(self) -> LazyLoader | FeatureLoader:
         """Shuffled by (seed, epoch), augmented by (seed, epoch, position)."""
-        return self._loader("train", self.splits.train, self.train_transform, shuffle=True)
+        images = self.splits.train
+        loader = self._loader("train", images, self.train_transform, shuffle=True)
+        if not self.plan.views:
+            return loader
+        batches: Any = loader.batch_sampler
+        return FeatureLoader(loader, batches, labels_of(images), self._training_features)
 
-    def val_dataloader(self) -> LazyLoader:
+    def val_dataloader(self) -> LazyLoader | FeatureLoader:
         """In order, without augmentation."""
         assert self.splits.val is not None
-        return self._loader("val", self.splits.val, self.eval_transform)
+        return self._evaluated("val", self.splits.val)
 
-    def test_dataloader(self) -> LazyLoader:
+    def test_dataloader(self) -> LazyLoader | FeatureLoader:
         """In order, without augmentation."""
         assert self.splits.test is not None
-        return self._loader("test", self.splits.test, self.eval_transform)
+        return self._evaluated("test", self.splits.test)
 
-    def unaugmented(self, images: LabelledImages) -> LazyLoader:
-        """All of these images in order, on every rank, as evaluation sees them."""
-        batches = EpochBatches(len(images), self.batch_size)
-        return self._of_batches(images, self.eval_transform, batches, persistent=False)
+    def unaugmented_features(self, images: LabelledImages, device: torch.device) -> Tensor:
+        """Of these training images (N, D), before the training; the model comes back on the CPU.
+
+        Every rank computes the same.
+        """
+        assert self.features is not None
+        self.features.model.to(device)
+        load = partial(self._some, images, self.eval_transform)
+        features = self.features.of("train", images, self.eval_transform, load, device)
+        self.features.model.to("cpu")
+        return features
 
     def first_training_images(self, most: int) -> Tensor:
         """The first augmented images of the run, uint8 (N, 3, S, S): to look at."""
@@ -123,6 +155,81 @@ class DataModule(L.LightningDataModule):
         if isinstance(batch, DataError):
             raise batch
         return batch[0]
+
+    def _training_features(self) -> Tensor | None:
+        """Of all views, in the epochs that they stand in for images."""
+        assert self.features is not None
+        plan = self.plan
+        if self._where()[0] >= plan.epochs:
+            self._held.clear()
+            return None
+        if "train" not in self._held:
+            if plan.augmented:
+                transform, seed, views = self.train_transform, self.seed, plan.views
+            else:
+                transform, seed, views = self.eval_transform, None, 1
+            found = [
+                self._features_of("train", self.splits.train, transform, seed, view)
+                for view in range(views)
+            ]
+            self._held["train"] = torch.stack(found) if views > 1 else found[0][None]
+            head = sum(weight.numel() for weight in self.features.model.head.parameters())
+            if plan.always and head < SMALL_HEAD:
+                torch.set_num_threads(1)
+        return self._held["train"]
+
+    def _evaluated(self, name: str, images: LabelledImages) -> LazyLoader | FeatureLoader:
+        loader = self._loader(name, images, self.eval_transform)
+        if not self.plan.epochs:
+            return loader
+        assert self.trainer is not None
+        ranks = self.trainer.global_rank, self.trainer.world_size
+        limited = getattr(self.trainer, f"limit_{name}_batches") != 1.0  # to some of this size
+        size = self.batch_size if limited else EVALUATED_AT_ONCE
+        batches = EpochBatches(len(images), size, 0, False, *ranks)
+        features = partial(self._evaluated_features, name, images)
+        return FeatureLoader(loader, batches, labels_of(images), features)
+
+    def _evaluated_features(self, name: str, images: LabelledImages) -> Tensor | None:
+        """Of a split, while the backbone is what it was at the start."""
+        assert self.trainer is not None
+        plan, fitting = self.plan, self.trainer.state.fn == TrainerFn.FITTING
+        if not plan.always and not (fitting and self.trainer.current_epoch < plan.epochs):
+            return None
+        if name not in self._held:
+            self._held[name] = self._features_of(name, images, self.eval_transform)[None]
+        return self._held[name]
+
+    def _features_of(
+        self,
+        name: str,
+        images: LabelledImages,
+        transform: Transform,
+        seed: int | None = None,
+        view: int = 0,
+    ) -> Tensor:
+        assert self.features is not None
+        assert self.trainer is not None
+        trainer = self.trainer
+        return self.features.of(
+            name,
+            images,
+            transform,
+            partial(self._some, images, transform),
+            trainer.strategy.root_device,
+            seed,
+            view,
+            Ranks(trainer.global_rank, trainer.world_size, trainer.strategy),
+            str(trainer.precision),
+            trainer.precision_plugin.forward_context,
+        )
+
+    def _some(
+        self, images: LabelledImages, transform: Transform, batches: Sequence[Wheres]
+    ) -> LazyLoader:
+        """Just these batches, once. Workers would take longer to start than to read one of them."""
+        workers = self.num_workers if len(batches) > 1 else 0
+        return self._of_batches(images, transform, batches, persistent=False, num_workers=workers)
 
     def _loader(
         self, name: str, images: LabelledImages, transform: Transform, shuffle: bool = False
@@ -136,18 +243,23 @@ class DataModule(L.LightningDataModule):
                 f"{needed}; fewer devices: trainer.devices=1"
             )
         sampler = self._batches(images, shuffle, rank, world_size)
-        return self._of_batches(images, transform, sampler, persistent=True)
+        return self._of_batches(images, transform, sampler, True, self.num_workers)
 
     def _of_batches(
-        self, images: LabelledImages, transform: Transform, sampler: EpochBatches, persistent: bool
+        self,
+        images: LabelledImages,
+        transform: Transform,
+        sampler: EpochBatches | Sequence[Wheres],
+        persistent: bool,
+        num_workers: int,
     ) -> LazyLoader:
         options: dict[str, Any] = {}
-        if self.num_workers > 0:
+        if num_workers > 0:
             options = {"persistent_workers": persistent, "prefetch_factor": 4}
         return LazyLoader(
             TransformedImages(images, transform, self.seed),
             batch_sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             **options,

@@ -32,24 +32,24 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
-def cache_folder() -> Path:
-    """Where things are kept that can be made again; it need not exist, nor be writable.
-
-    FINETUNE_CACHE, or finetune among the user's caches.
-    """
-    if chosen := os.environ.get("FINETUNE_CACHE"):
-        return Path(chosen).absolute()
-    try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # a user without a home, as in some containers
-        caches = tempfile.gettempdir()
-    return Path(caches, "finetune").absolute()
-
-
 def output_file(typed: str | None, folder: Path, name: str) -> Path:
     """The file that output= names; a folder, which exists or ends in /, gets name. None: folder."""
     path = Path(typed or folder)
     return path / name if path.is_dir() or str(typed).endswith(("/", os.sep)) else path
+
+
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept; it need not exist, nor be writable.
+
+    In FINETUNE_CACHE, or in finetune among the user's caches.
+    """
+    if chosen := os.environ.get("FINETUNE_CACHE"):
+        return Path(chosen).absolute() / name
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        caches = tempfile.gettempdir()
+    return Path(caches, "finetune", name).absolute()
 
 
 def sweep_parts(folder: Path) -> None:

@@ -46,19 +46,20 @@ from finetune.callbacks import (
     refuse_lost_end,
     show_confusion,
     tensorboard,
+    verdict,
 )
 from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
 from finetune.data.base import Splits, label_counts
 from finetune.data.digest import digest
 from finetune.data.split import stratified
-from finetune.datamodule import DataModule
+from finetune.datamodule import DataModule, labels_of
 from finetune.ema import EMA
 from finetune.errors import CheckpointError, ConfigError, FinetuneError, NotFinite, TrainingError
-from finetune.features import extract
 from finetune.files import readable, sweep_parts
 from finetune.lock import locked, this_process
 from finetune.loggers import end_wandb
+from finetune.machine import usable_cores
 from finetune.measure import measure, named_splits, print_metrics
 from finetune.model import Classifier
 from finetune.recipes import Choice, Recipe, none
@@ -230,6 +231,7 @@ def train_and_test(
             test=results.test,
             **{f"per_class_{results.per_class_metric}": per_class},
             images_per_second=throughput.images_per_second,
+            **waiting(throughput, cfg, parts.datamodule.num_workers),
             seconds=time.time() - began,
             time_to_first_step=first_step and first_step - finetune.STARTED,
         )
@@ -239,6 +241,15 @@ def train_and_test(
         log.info("run: %s", shown_path(run))
         if tensorboard(trainer):
             log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
+
+
+def waiting(throughput: Throughput, cfg: DictConfig, num_workers: int) -> dict[str, Any]:
+    """Share of the time that waits for data, and what it means: told, and for run.json."""
+    share, said = throughput.data_wait, None
+    if share is not None:
+        said = verdict(share, num_workers, usable_cores() // build.num_devices(cfg))
+        log.info("%s", said)
+    return {"data_wait": share, "verdict": said}
 
 
 @dataclass(frozen=True)
@@ -257,6 +268,7 @@ def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
     """Build data, model and task, and say what they are. run: gets the list of what is wrong."""
     cfg = cfg.copy()
     splits = build.build_splits(cfg, run)
+    build.use_cores(cfg, build.choose_workers(cfg, splits))
     recipe: Recipe = build.make(cfg.recipe)
     data = resolve.data_facts(cfg, splits, build.num_devices(cfg))
     choices = resolve.fill(cfg, recipe(data, None))
@@ -287,7 +299,9 @@ def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
         "%d steps: %d epochs of %d, validated every %s",
         budget.total_steps, budget.epochs, budget.steps_per_epoch, every,
     )  # fmt: skip
-    return Parts(cfg, choices, splits, budget, task, build.build_datamodule(cfg, splits, model))
+    datamodule = build.build_datamodule(cfg, splits, model, task)
+    build.tell_of_features(cfg, datamodule.plan)
+    return Parts(cfg, choices, splits, budget, task, datamodule)
 
 
 def check_monitor(monitor: str | None, task: Task) -> None:
@@ -352,9 +366,10 @@ def start_from_ridge(parts: Parts, device: torch.device, seed: int) -> None:
     if len(images) > MOST_FOR_RIDGE:
         log.info("head.init=ridge: %d of %d training images", MOST_FOR_RIDGE, len(images))
         images = images.subset(stratified(images.strata(), MOST_FOR_RIDGE, seed))
-    features, labels = extract(model, parts.datamodule.unaugmented(images), device)
+    features = parts.datamodule.unaugmented_features(images, device)
     if device.type != "cuda":  # others have no float64
-        features, labels = features.cpu(), labels.cpu()
+        features = features.cpu()
+    labels = labels_of(images).to(features.device)
     targets = F.one_hot(labels, len(model.classes))
     found = ridge.solve(features, targets)
     scale = ridge.softmax_scale(found.predictions, targets)

@@ -15,9 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from finetune.build import num_devices
 from finetune.callbacks import Interrupted
-from finetune.datamodule import usable_cores
 from finetune.errors import ConfigError, FinetuneError
 from finetune.fit import fit
+from finetune.machine import num_threads
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def start_ranks(
     )
     logging_config = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    threads = max(1, usable_cores() // devices)
+    threads = num_threads(devices)
     try:
         elastic_launch(config, rank_main)(
             plain, str(run_dir), list(overrides), why_model, logging_config, threads

@@ -29,9 +29,10 @@ def measure(cfg: DictConfig, run: Path, model: Classifier, splits: Splits, split
     cfg = cfg.copy()
     if is_sharded(cfg):
         cfg.trainer.strategy = "ddp"  # without a backward pass there is nothing to save by parts
+    cfg.trainer.profiler = None  # it has the training
     budget = build.build_budget(cfg, len(splits.train))
     task = build.build_task(cfg, model, budget)  # unbalanced: only training is balanced
-    datamodule = build.build_datamodule(cfg, splits, model)
+    datamodule = build.build_datamodule(cfg, splits, model, task)
     trainer = build.build_trainer(cfg, run, budget, callbacks=[], loggers=[])
     run_loop = trainer.test if split == "test" else trainer.validate
     run_loop(task, datamodule=datamodule, verbose=False)

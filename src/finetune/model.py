@@ -57,6 +57,9 @@ class Classifier(nn.Module):
         return features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, 3, S, S), uint8 or float, values 0 to 255."""
-        logits: Tensor = self.head(self.features(images))
+        """Logits (B, K) of images (B, 3, S, S), uint8 or float, values 0 to 255.
+
+        Or of their features (B, D), computed before: see finetune.features.
+        """
+        logits: Tensor = self.head(images if images.ndim == 2 else self.features(images))
         return logits

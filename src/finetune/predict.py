@@ -47,9 +47,9 @@ def predict(cfg: DictConfig) -> None:
 
     from finetune.data.read import MAX_PIXELS
     from finetune.data.transforms import from_anything
-    from finetune.datamodule import usable_cores
     from finetune.errors import ConfigError, DataError
     from finetune.files import output_file, try_to_write, write_whole
+    from finetune.machine import usable_cores
     from finetune.record import Record
     from finetune.restore import saved_model
 

@@ -86,6 +86,7 @@ def replay(
     watch, guard = Watch(until), FiniteGuard("", every_n_steps=1)
     cfg = cfg.copy()
     OmegaConf.update(cfg, "trainer.detect_anomaly", True, force_add=True)
+    OmegaConf.update(cfg, "trainer.profiler", None, force_add=True)
     trainer = build.build_trainer(cfg, Path(), budget, [guard, watch], [])
     log.info("repeating the steps up to %d, with anomaly detection; nothing is written", until)
     with warnings.catch_warnings(record=True) as told:

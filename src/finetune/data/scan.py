@@ -28,6 +28,7 @@ from finetune.data.paths import printable
 from finetune.data.read import IMAGE_SUFFIXES, LARGE, BadImage, check_image
 from finetune.errors import DataError
 from finetune.files import cache_folder, write_whole
+from finetune.machine import usable_cores
 
 try:
     import fcntl
@@ -169,7 +170,7 @@ class Scan(AbstractContextManager["Scan"]):
             "readers": [PIL.__version__, str(torchvision.__version__)],
         }
         name = blake2b(os.fsencode(f"{what}\0{self._key_root}"))
-        self.cache = cache_folder() / "scans" / f"{name.hexdigest()[:20]}.npz"
+        self.cache = cache_folder("scans") / f"{name.hexdigest()[:20]}.npz"
 
     def __enter__(self) -> "Scan":
         self._open.enter_context(_alone(self.cache.with_suffix(".lock")))
@@ -230,7 +231,7 @@ class Scan(AbstractContextManager["Scan"]):
         """Read every image in these folders of which the cache does not say that it is good."""
         chunks = [(folder, part) for folder in folders for part in _parts(folder)]
         count, num_read = sum(len(positions) for _, positions in chunks), 0
-        threads = max(1, min(_usable_cores(), len(chunks)))
+        threads = max(1, min(usable_cores(), len(chunks)))
         if count >= _ANNOUNCED:
             log.info("scanning %d images with %d threads", count, threads)
         began = told = time.monotonic()
@@ -412,10 +413,6 @@ def _size_and_time(path: str) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

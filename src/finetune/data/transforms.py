@@ -76,6 +76,10 @@ class SubpixelCrop(torch.nn.Module):
         super().__init__()
         self.least, self.most = scale
 
+    def extra_repr(self) -> str:
+        """For a digest: what the crops depend on."""
+        return f"scale=({self.least}, {self.most})"
+
     def forward(self, image: Tensor) -> Tensor:
         """Bilinear; width to height is between 3/4 and 4/3, as in RandomResizedCrop."""
         area, stretch, x, y = torch.rand(4).tolist()

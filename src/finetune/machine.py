@@ -1,0 +1,116 @@
+"""What of the machine this process may use: cores and memory, also inside a container."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+def usable_cores(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
+    """Cores that this process may keep busy: those it is bound to, and its container's quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores, limit = bound or 1, quota(cgroups, own)
+    return cores if limit is None else max(1, min(cores, math.floor(limit)))
+
+
+def num_threads(processes: int = 1) -> int:
+    """Threads that compute in each of so many processes; what OMP_NUM_THREADS asks for stands.
+
+    It knows nothing of workers: sums over threads round by their number, and a run that is resumed
+    with other workers ends with the same bytes.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else max(1, usable_cores() // processes)
+
+
+def num_workers(cores: int, in_memory: bool, on_gpu: bool) -> int:
+    """Processes that read images for one that trains on so many cores.
+
+    in_memory: transformed faster than they are sent between processes. on_gpu: the cores have
+    nothing else to do; a network on the CPU needs several times what its images need.
+    """
+    if in_memory or cores < 2:
+        return 0
+    return min(8, cores - 1) if on_gpu else min(8, max(1, cores // 4))
+
+
+def let_threads_sleep() -> None:
+    """Have threads that wait for others give up their core; before torch is imported.
+
+    They would spin instead, for a millisecond at the end of each operation, against workers and
+    other processes: a plain loop with two workers on two cores fell to a tenth by that.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def quota(cgroups: Path = CGROUPS, own: Path = OWN) -> float | None:
+    """Cores' worth of time that the container may take; None without a limit."""
+    quotas = []
+    for text in _limits("cpu", "cpu.max", cgroups, own):  # "200000 100000", "max 100000"
+        most, _, period = text.partition(" ")
+        if most.isdigit() and period.isdigit():
+            quotas.append(int(most) / int(period))
+    periods = [*_limits("cpu", "cpu.cfs_period_us", cgroups, own)]  # version 1
+    for most, period in zip(
+        _limits("cpu", "cpu.cfs_quota_us", cgroups, own), periods, strict=False
+    ):
+        if most.isdigit() and period.isdigit():  # -1: no limit
+            quotas.append(int(most) / int(period))
+    return min(quotas, default=None)
+
+
+def total_memory(cgroups: Path = CGROUPS, own: Path = OWN, meminfo: Path = MEMINFO) -> int | None:
+    """Bytes that this process can have at most; None where that cannot be told."""
+    limits = [*_limits("memory", "memory.max", cgroups, own)]
+    limits += _limits("memory", "memory.limit_in_bytes", cgroups, own)
+    found = [int(limit) for limit in limits if limit.isdigit()]
+    return min([*found, *_meminfo("MemTotal", meminfo)], default=None)
+
+
+def free_memory(cgroups: Path = CGROUPS, own: Path = OWN, meminfo: Path = MEMINFO) -> int | None:
+    """Bytes that can be taken now without anything being pushed out; None if not known."""
+    left = []
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        pairs = zip(
+            _limits("memory", most, cgroups, own), _limits("memory", used, cgroups, own),
+            strict=False,
+        )  # fmt: skip
+        left += [int(m) - int(u) for m, u in pairs if m.isdigit() and u.isdigit()]
+    return min([*left, *_meminfo("MemAvailable", meminfo)], default=None)
+
+
+def _limits(controller: str, name: str, cgroups: Path, own: Path) -> Iterator[str]:
+    """What a file says in each group that this process is in, the innermost first."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        # version 1 has a tree for each controller; in a container its root may be our group
+        root = cgroups / controller if controllers else cgroups
+        inner = root / path.lstrip("/")
+        for group in (
+            inner,
+            *(parent for parent in inner.parents if root in (parent, *parent.parents)),
+        ):
+            try:
+                yield (group / name).read_text().strip()
+            except OSError:
+                continue
+
+
+def _meminfo(name: str, meminfo: Path) -> list[int]:
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]

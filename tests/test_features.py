@@ -1,0 +1,319 @@
+"""Features of a frozen backbone: the logits of the images, and found only where they are theirs."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import SMALL, assert_same_end, finish, metrics_of, plain, write_photos
+from finetune import build, checkpoint, features
+from finetune.callbacks import StepCheckpoints
+from finetune.data import transforms
+from finetune.data.base import ImageArray, LabelledImages
+from finetune.data.image_folder import image_folder
+from finetune.features import Features, Plan
+from finetune.model import Classifier
+from finetune.strategies.full import Full
+from finetune.strategies.linear_probe import LinearProbe
+from finetune.strategies.lp_ft import LpFt
+
+CPU = torch.device("cpu")
+NETS = ("nets.Cnn", "nets.Swin")
+PROBE = (
+    *(o for o in SMALL if not o.startswith(("model", "augment"))),
+    *("strategy=linear_probe", "augment=none", "logger=csv"),
+    *("model=module", "model.input_size=8", "model.target=nets.Cnn"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where this test alone keeps features."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+def parts(*overrides):
+    """Datamodule, model and splits of a composed run, the backbone with the statistics of noise."""
+    cfg = plain(*PROBE, "batch_size=16", *overrides)
+    splits = build.build_splits(cfg)
+    model = build.build_model(cfg, splits.classes)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8))
+    return build.build_datamodule(cfg, splits, model), model, splits
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_features_give_the_logits_of_the_images(folder, net):
+    module, model, splits = parts(f"model.target={net}")
+    images = torch.stack([splits.train[i][0] for i in range(len(splits.train))])
+    model.train()  # dropout, drop-path and BatchNorm are off while features are computed
+    computed = module.unaugmented_features(splits.train, CPU)
+    assert all(part.training for part in model.modules())
+    found = module.unaugmented_features(splits.train, CPU)
+    assert len([*folder.iterdir()]) == 1
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(computed, model.features(images))  # one batch, as there
+        assert torch.equal(found, computed)
+        one_by_one = torch.cat([model(image[None]) for image in images])
+        # another batch may add in another order
+        torch.testing.assert_close(model(found), one_by_one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photos(tmp_path / "photos")
+
+
+def digest(root, model=None, change=lambda images: images, size=None, batch=64, **kwargs):
+    torch.manual_seed(0)
+    model = model or Classifier(build.build_backbone(plain(*PROBE)), ("a", "b"))
+    spec = replace(model.input_spec, resize=size or model.input_spec.resize)
+    images = change(image_folder(str(root)).train)
+    store = Features(model, None, batch, Plan())
+    return store.digest(images, transforms.evaluation(spec), CPU, **kwargs)
+
+
+def moved(model):
+    with torch.no_grad():
+        next(model.backbone.parameters())[0] += 1e-3
+    return model
+
+
+def test_the_digest_is_the_same_for_the_same(photos):
+    assert digest(photos) == digest(photos) == digest(photos, batch=128)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"change": lambda images: images.subset([*range(len(images) - 1)])},
+        {"change": lambda images: images.subset([1, 0, *range(2, len(images))])},
+        {"size": 9},
+        {"precision": "bf16-mixed"},
+        {"seed": 0},
+        {"batch": 8},
+    ],
+    ids=lambda change: "".join(change),
+)
+def test_what_the_features_depend_on_changes_the_digest(photos, change):
+    assert digest(photos, **change) != digest(photos)
+
+
+def test_views_and_seeds_have_digests_of_their_own(photos):
+    found = {digest(photos, seed=seed, view=view) for seed in (0, 1) for view in (0, 1)}
+    assert len(found) == 4
+
+
+def test_weights_architecture_normalisation_and_code_change_the_digest(photos, monkeypatch):
+    def model():
+        torch.manual_seed(0)
+        return Classifier(build.build_backbone(plain(*PROBE)), ("a", "b"))
+
+    first, other, spec = model(), model(), model()
+    other.backbone.recipe["target"] = "nets.Swin"
+    spec.backbone.input_spec = replace(spec.input_spec, mean=(0.5, 0.5, 0.5))
+    found = [digest(photos, m) for m in (first, moved(model()), other, spec)]
+    monkeypatch.setattr(features, "versions", lambda: ["finetune 99"])
+    found.append(digest(photos, model()))
+    assert len({*found}) == 5
+    assert found[0] is not None
+
+
+def test_a_file_that_was_written_again_changes_the_digest(photos):
+    before, path = digest(photos), photos / "train" / "ant" / "0.png"
+    status = path.stat()
+    Image.new("RGB", (12, 10), "red").save(path)
+    written = digest(photos)
+    assert written != before
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # another size tells as well
+    assert digest(photos) not in (before, written)
+
+
+def test_images_in_memory_are_told_apart_by_their_pixels():
+    array = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    other = array.clone()
+    other[1, 2, 3, 3] = 1
+    of = [LabelledImages.of(ImageArray(a), [0, 1]).fingerprint() for a in (array, other, array)]
+    assert of[0] == of[2] != of[1]
+
+
+def test_code_that_has_changed_is_noticed(folder, monkeypatch, caplog):
+    module, model, splits = parts()
+    before = module.unaugmented_features(splits.train, CPU)
+    as_before = type(model.backbone.net).forward
+    monkeypatch.setattr(type(model.backbone.net), "forward", lambda net, x: as_before(net, 0.5 * x))
+    caplog.set_level("INFO", "finetune.features")
+    after = module.unaugmented_features(splits.train, CPU)
+    assert "the code has changed" in caplog.text
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "other"])
+def test_a_damaged_file_is_computed_again(folder, damage):
+    module, _, splits = parts()
+    before = module.unaugmented_features(splits.train, CPU)
+    (path,) = folder.iterdir()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    path.write_bytes(content)
+    if damage == "other":
+        checkpoint.save(path, {"features": torch.zeros(3, 16)})
+    assert torch.equal(module.unaugmented_features(splits.train, CPU), before)
+    assert torch.equal(checkpoint.load(path)["features"], before)
+
+
+def test_files_that_were_not_read_for_longest_make_room(tmp_path):
+    for i in range(4):
+        path = tmp_path / f"{i}.pt"
+        path.write_bytes(bytes(100))
+        os.utime(path, (i, i))
+    features.make_room(tmp_path / "3.pt", most=250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.pt", "3.pt"]
+
+
+def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    caplog.set_level("INFO", "finetune.features")
+    features.write(tmp_path / "file" / "a.pt", torch.zeros(2, 3))
+    assert "features are not kept" in caplog.text
+
+
+PLANNED = {
+    "frozen": 3, "epochs": 3, "augment": None, "views": None, "mixes": False, "unused": False,
+    "num_bytes": 1000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "views", "why"),
+    [
+        ({}, 1, None),
+        ({"frozen": 2}, 1, None),
+        ({"frozen": 0}, 0, None),
+        ({"augment": "light"}, 0, "with augment=none it would be computed once"),
+        ({"augment": "light", "views": 4}, 4, None),
+        ({"views": 4}, 1, None),
+        ({"mixes": True}, 0, "mixup and cutmix blend pixels"),
+        ({"frozen": 2, "unused": True}, 0, "with one device"),
+        ({"num_bytes": 10**15}, 0, "smaller data.fraction"),
+    ],
+    ids=str,
+)
+def test_what_stands_in_for_training_images(change, views, why):
+    found = features.plan(**PLANNED | change)
+    assert found.views == views
+    assert (why or "") in (found.why_not or "")
+    assert (why is None) == (found.why_not is None)
+    assert found.always == (found.epochs == 3)
+
+
+def test_where_features_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    assert features.default_folder() == tmp_path / "features"
+    monkeypatch.delenv("FINETUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert features.default_folder() == tmp_path / "finetune" / "features"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert features.default_folder() == Path.home() / ".cache" / "finetune" / "features"
+
+
+def test_how_long_a_backbone_is_frozen():
+    frozen = [
+        features.frozen_epochs(strategy, depth=3, epochs=5)
+        for strategy in (Full(), LinearProbe(), LpFt(Full(), probe_epochs=2))
+    ]
+    assert frozen == [0, 5, 2]
+
+
+def ends_alike(one, other, tolerance=1e-5):
+    """Curves and weights within a tolerance: batches of features add in another order."""
+    rows = [
+        {(step, name): value for step, name, value in metrics_of(run) if "time/" not in name}
+        for run in (one, other)
+    ]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4, abs=tolerance)
+    states = [checkpoint.read(checkpoint.best_path(run)).state_dict for run in (one, other)]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=tolerance)
+        if name.startswith("backbone.") and "lp_ft" not in str(one):
+            assert torch.equal(value, states[1][name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("epochs=4", "ema=0.9", "head.dropout=0.2", "data.balance=sampler"),
+        ("epochs=4", "strategy=lp_ft", "l2_sp=0.01"),
+        ("epochs=2", "augment=strong", "features.views=2"),  # as many views as epochs
+        ("epochs=2", "augment=strong", "model.target=nets.Swin"),  # val alone
+        ("epochs=2", "head.init=ridge", "trainer.accumulate_grad_batches=2"),
+    ],
+    ids=" ".join,
+)
+def test_a_run_on_features_is_the_run_on_images(folder, tmp_path, changes):
+    name = "lp_ft" if "strategy=lp_ft" in changes else "run"
+    cached = finish(tmp_path / name, *PROBE, *changes)
+    assert [*folder.iterdir()]
+    images = [o for o in changes if not o.startswith("features")]
+    plain_run = finish(tmp_path / "images", *PROBE, *images, "features.cache=none")
+    ends_alike(cached, plain_run)
+
+
+def test_a_second_run_finds_what_the_first_computed(folder, tmp_path):
+    one = finish(tmp_path / "one", *PROBE)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(files) == 3  # train, val, test
+    another = finish(tmp_path / "another", *PROBE, "seed=0")
+    assert_same_end(another, one)
+    assert "train, 16 values each, found" in (another / "train.log").read_text()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
+
+
+@pytest.mark.parametrize(("strategy", "lost"), [("linear_probe", "deleted"), ("lp_ft", "kept")])
+def test_a_run_on_features_that_was_lost_ends_with_the_same_bytes(
+    command, folder, tmp_path, monkeypatch, strategy, lost
+):
+    typed = [*PROBE, "epochs=3", f"strategy={strategy}", "checkpoint.every_n_steps=2"]
+    finish(tmp_path / "whole", *typed)
+
+    def power_fails(self, trainer, task, optimizer):
+        if trainer.global_step == 3:
+            raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepCheckpoints, "on_before_optimizer_step", power_fails, raising=False)
+        assert command("train", *typed, "hydra.run.dir=run").code == 1
+    if lost == "deleted":
+        for path in folder.iterdir():
+            path.unlink()
+    assert command("train", "resume=run").code == 0
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (("augment=light",), "augment=light makes new pixels in each of 2 epochs"),
+        (("features.views=3",), "features.views=3 has no effect"),
+        (("strategy=full", "features.views=3"), "no epoch trains the head alone"),
+        (("strategy=lp_ft", "trainer.strategy=ddp"), "with one device it would not"),
+    ],
+    ids=" ".join,
+)
+def test_why_a_frozen_backbone_is_computed_again_is_told(changes, said, caplog):
+    cfg = plain(*PROBE, *changes)
+    splits = build.build_splits(cfg)
+    model = build.build_model(cfg, splits.classes)
+    task = build.build_task(cfg, model, build.build_budget(cfg, len(splits.train)))
+    caplog.set_level("INFO", "finetune.build")
+    build.tell_of_features(cfg, build.build_datamodule(cfg, splits, model, task).plan)
+    assert said in caplog.text
