@@ -22,6 +22,7 @@ from finetune.overrides import (
     signs_quoted,
 )
 from finetune.record import Record
+from finetune.typed import to_type
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Job:
 
 
 jobs_done: list[Job] = []
+sweep: Path | None = None  # the directory of the sweep that this process runs
 
 
 def command(name: str, task: Callable[[], None]) -> NoReturn:
@@ -108,6 +110,10 @@ def guarded(overrides: Sequence[str], run: Path, job: Callable[[], None]) -> Non
     try:
         job()
     except Interrupted as stop:
+        go_on = to_type("resume", shown_path(run))
+        if sweep is not None:
+            go_on = f"-m {to_type('sweep.resume', shown_path(sweep))}"
+        log.warning("stopped by %s. To go on: python train.py %s", stop, go_on)
         sys.exit(128 + stop.signum)
     except FinetuneError as error:
         problem = str(error)

@@ -62,7 +62,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the time is felt
 
 # what a resume may change: none of it changes the arithmetic
-FREE_TO_CHANGE = ("num_workers", "logger", "checkpoint", "resume", "data.root", "data.download")
+FREE_TO_CHANGE = (
+    *("num_workers", "logger", "checkpoint", "resume", "sweep", "data.root", "data.download"),
+)
 
 
 def fit(
@@ -88,11 +90,6 @@ def fit(
         if record:
             with suppress(OSError):  # of a full disk
                 record.update(status="interrupted", error=f"stopped by {error}")
-            log.warning(
-                "stopped by %s. To go on: python train.py %s",
-                error,
-                to_type("resume", shown_path(run)),
-            )
         raise
     except Exception as error:
         if record:

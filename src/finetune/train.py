@@ -7,11 +7,12 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import cli
 from finetune.errors import ConfigError, FinetuneError
-from finetune.overrides import CONF, prepared, value_of, with_recorded
+from finetune.overrides import CONF, prepared, recorded_sweep, value_of, with_recorded
 from finetune.record import NAME, Record
 from finetune.typed import to_type
 
@@ -20,6 +21,8 @@ def main() -> NoReturn:
     """Entry point of train.py."""
     try:
         arguments = prepared("train", sys.argv[1:])
+        if value_of("sweep.resume", arguments):
+            cli.command("train", resume_sweep)
         if resume := value_of("resume", arguments):
             sys.argv[1:] = with_recorded(arguments)  # before Hydra writes anything there
             if len(arguments) == 1 and is_finished(Path(resume)):
@@ -28,6 +31,32 @@ def main() -> NoReturn:
     except FinetuneError as error:
         cli.fail(error)
     cli.command("train", task)
+
+
+def resume_sweep() -> None:
+    """Run the jobs of a sweep that are missing or unfinished, each as a run of its own.
+
+    Hydra's sweeper would write anew what lies in the directories of all jobs.
+    """
+    jobs = recorded_sweep(sys.argv[1:])
+    cli.sweep = Path(value_of("sweep.resume", sys.argv[1:]) or "")
+    to_do = [job for job in jobs if not is_finished(job.run)]
+    if to_do:
+        from finetune import check, fit  # late: imports torch
+
+        check.check_all([job.cfg for job in to_do])
+        for job in jobs:
+            if (job.run / NAME).exists():
+                config = OmegaConf.to_container(job.cfg, resolve=True)
+                fit.refuse_changes(Record.read(job.run).facts, config, job.run)
+    print(f"{cli.sweep}: {len(jobs) - len(to_do)} of {len(jobs)} jobs were done before")
+    for number, job in enumerate(jobs):
+        if job in to_do:
+            print(f"#{number}: {' '.join(job.overrides)}", flush=True)
+            sys.argv[1:] = job.arguments
+            task()
+        else:
+            cli.jobs_done.append(cli.Job(job.overrides, job.run, None))
 
 
 def is_finished(run: Path) -> bool:
@@ -52,6 +81,9 @@ def task(cfg: DictConfig) -> None:
     run = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
     why = why_model(overrides, hydra_cfg.runtime.choices, cfg.model.get("weights"))
+
+    if hydra_cfg.mode is RunMode.MULTIRUN:
+        cli.sweep = Path(hydra_cfg.sweep.dir)
 
     def job() -> None:
         if cfg.resume is None or not is_finished(run):
