@@ -1,26 +1,21 @@
 """A sweep that was stopped or killed goes on with what is missing or unfinished."""
 
+import functools
 import shutil
 import signal
 
 import pytest
 
 from conftest import SMALL, assert_same_end, facts_of
-from finetune import cli
 from finetune.callbacks import StepCheckpoints
 
 SWEEP = ("-m", *SMALL, "logger=csv", "seed=0,1", "optimizer.lr=0.01,0.02")
 
 
 @pytest.fixture
-def sweep(command, monkeypatch):
-    """sweep("-m", ...): train.py, as in a process of its own."""
-
-    def run(*arguments):
-        monkeypatch.setattr(cli, "sweep", None)
-        return command("train", *arguments)
-
-    return run
+def sweep(command):
+    """sweep("-m", ...): train.py."""
+    return functools.partial(command, "train")
 
 
 @pytest.fixture

@@ -66,6 +66,12 @@ def collate(samples: list[Sample | DataError]) -> Batch | DataError:
     return torch.stack(images), torch.stack(labels) if several else torch.tensor(labels)
 
 
+def leave_group(worker: int) -> None:
+    """Leave the process group: what is sent to it is for the run, which still needs its workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 def usable_cores() -> int:
     """Cores that this process may use, which in a container is fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -144,6 +150,7 @@ class DataModule(L.LightningDataModule):
         options: dict[str, Any] = {}
         if self.num_workers > 0:
             options = {"persistent_workers": persistent, "prefetch_factor": 4}
+            options["worker_init_fn"] = leave_group
         return LazyLoader(
             TransformedImages(images, transform, self.seed),
             batch_sampler=sampler,

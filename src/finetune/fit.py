@@ -27,7 +27,6 @@ from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
     FiniteGuard,
-    Interrupted,
     MaxSteps,
     Pictures,
     StepCheckpoints,
@@ -43,7 +42,7 @@ from finetune.data.base import Splits, label_counts
 from finetune.data.split import stratified
 from finetune.datamodule import DataModule
 from finetune.ema import EMA
-from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.errors import CheckpointError, ConfigError, FinetuneError, Interrupted
 from finetune.features import extract
 from finetune.files import readable, sweep_parts
 from finetune.lock import locked, this_process
@@ -63,7 +62,8 @@ MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the ti
 
 # what a resume may change: none of it changes the arithmetic
 FREE_TO_CHANGE = (
-    *("num_workers", "logger", "checkpoint", "resume", "sweep", "data.root", "data.download"),
+    *("num_workers", "logger", "checkpoint", "resume", "sweep", "launcher"),
+    *("data.root", "data.download"),
 )
 
 
@@ -78,32 +78,33 @@ def fit(
     steps = StepCheckpoints(run, cfg.checkpoint.every_n_steps, FiniteGuard())
     stop = StopSignals(steps)
     record = None
-    try:
-        with stop.installed(), locked(run) if rank == 0 else nullcontext():
-            if rank == 0:
-                record = open_record(cfg, run)
-                for folder in (run, checkpoint.best_path(run).parent):
-                    sweep_parts(folder)
-                record.update(status="running", error=None, process=this_process())
-            train_and_test(cfg, run, overrides, why_model, record, steps, stop)
-    except Interrupted as error:
-        if record:
-            with suppress(OSError):  # of a full disk
-                record.update(status="interrupted", error=f"stopped by {error}")
-        raise
-    except Exception as error:
-        if record:
-            kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
-            with suppress(OSError):  # of a full disk
-                record.update(status="failed", error=f"{kind}{error}")
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise CheckpointError(
-                f"{error.filename or run}: {error.strerror}. What was written before stays; make "
-                f"room, then go on: python train.py {to_type('resume', shown_path(run))}"
-            ) from error
-        raise
-    finally:
-        end_wandb()
+    with stop.installed():
+        try:
+            with locked(run) if rank == 0 else nullcontext():
+                if rank == 0:
+                    record = open_record(cfg, run)
+                    for folder in (run, checkpoint.best_path(run).parent):
+                        sweep_parts(folder)
+                    record.update(status="running", error=None, process=this_process())
+                train_and_test(cfg, run, overrides, why_model, record, steps, stop)
+        except Interrupted as error:
+            if record and record.facts["status"] != "finished":
+                with suppress(OSError):  # of a full disk
+                    record.update(status="interrupted", error=f"stopped by {error}")
+            raise
+        except Exception as error:
+            if record:
+                kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
+                with suppress(OSError):  # of a full disk
+                    record.update(status="failed", error=f"{kind}{error}")
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise CheckpointError(
+                    f"{error.filename or run}: {error.strerror}. What was written before stays; "
+                    f"make room, then go on: python train.py {to_type('resume', shown_path(run))}"
+                ) from error
+            raise
+        finally:
+            end_wandb()
 
 
 def train_and_test(
@@ -155,7 +156,7 @@ def train_and_test(
         trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)
     refuse_lost_end(trainer, best)
     show_confusion(trainer, best, parts.splits.classes)
-    results = measure_best(trainer, parts, best, run)
+    results = measure_best(trainer, parts, best, run, stop)
 
     if record:
         write_hparams(trainer, cfg, overrides, results.test or results.val)
@@ -338,7 +339,9 @@ class Results:
     per_class_metric: str
 
 
-def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint, run: Path) -> Results:
+def measure_best(
+    trainer: L.Trainer, parts: Parts, best: BestCheckpoint, run: Path, stop: StopSignals
+) -> Results:
     """Val as it was at the best; test, read once, with the weights of the best as they lie on disk.
 
     They are read into a new model: that of the training may be in parts on several devices.
@@ -349,7 +352,7 @@ def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint, run: Pa
         named = dict(zip(parts.splits.classes, best.per_class, strict=True))
         return Results(val, {}, named, "val", metric)
     _, model = saved_model(run, OmegaConf.select(parts.cfg, "model.target"))
-    test = measure(parts.cfg, run, model, parts.splits, "test")
+    test = measure(parts.cfg, run, model, parts.splits, "test", [stop])
     for logger in trainer.loggers:
         logger.log_metrics(test.values, trainer.global_step)
     return Results(val, test.values, test.per_class, "test", metric)

@@ -188,12 +188,24 @@ def with_recorded(arguments: Sequence[str]) -> list[str]:
     recorded = recorded_overrides(Path(run))
     keys = {_key(argument) for argument in typed}
     return [
-        *(override for override in recorded if _key(override) not in keys),
+        *(o for o in without_launcher(recorded) if _key(o) not in keys),
+        *([] if "launcher" in keys else ["launcher=local"]),
         *typed,
         f"resume={quoted(run)}",
         f"hydra.run.dir={quoted(run)}",
         "hydra.output_subdir=null",  # what the run was started with stays as it is
     ]
+
+
+def without_launcher(overrides: Sequence[str]) -> list[str]:
+    """What a run is; not where it was started."""
+    return [o for o in overrides if _key(o) != "launcher" and not _key(o).startswith("launcher.")]
+
+
+def config_dir(arguments: Sequence[str]) -> list[str]:
+    """--config-dir and its folder, from wherever it is read; empty if it is not typed."""
+    folder = _parsed(arguments).config_dir
+    return [] if folder is None else ["--config-dir", str(Path(folder).absolute())]
 
 
 def recorded_overrides(run: Path) -> list[str]:
@@ -232,12 +244,13 @@ class SweepJob:
 def recorded_sweep(arguments: Sequence[str]) -> list[SweepJob]:
     """The jobs of the sweep that sweep.resume= names, in their order.
 
-    Raises ConfigError for anything else that is typed, and where a job's directory holds the run of
-    another job; CheckpointError if there is no sweep.
+    Raises ConfigError for anything else that is typed, but for a launcher, and where a job's
+    directory holds the run of another job; CheckpointError if there is no sweep.
     """
     args = _parsed(arguments)
     folder = Path(value_of("sweep.resume", arguments) or "")
-    others = [o for o in args.overrides if _key(o) != "sweep.resume"]
+    launcher = [o for o in args.overrides if o not in without_launcher(args.overrides)]
+    others = [o for o in without_launcher(args.overrides) if _key(o) != "sweep.resume"]
     for flag in ("cfg", "info", "run"):
         if getattr(args, flag):
             others.append(f"--{flag}")
@@ -253,13 +266,15 @@ def recorded_sweep(arguments: Sequence[str]) -> list[SweepJob]:
         parser = OverridesParser.create(config_loader=_loader())
         try:
             typed = parser.parse_overrides(recorded)
-            for number, job in enumerate(_jobs(typed)):
-                own = [*job, f"hydra.sweep.dir={quoted(str(folder))}", *subdir]
+            for number, job in enumerate(map(without_launcher, _jobs(typed))):
+                own = [*job, *launcher, f"hydra.sweep.dir={quoted(str(folder))}", *subdir]
                 cfg = conf.compose(own)
                 run = _run_directory(cfg, number)
                 with open_dict(cfg):
                     del cfg["hydra"]
-                found.append(SweepJob(tuple(job), run, cfg, (*flags, *_arguments(job, run))))
+                found.append(
+                    SweepJob(tuple(job), run, cfg, (*flags, *_arguments(job, run, launcher)))
+                )
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(
                 f"{folder}: what the sweep was started with does not fit conf/ here: "
@@ -287,15 +302,16 @@ def _recorded_in_sweep(folder: Path) -> tuple[list[str], list[str]]:
     return recorded, [o for o in of_hydra if _key(o) == "hydra.sweep.subdir"]
 
 
-def _arguments(job: Sequence[str], run: Path) -> list[str]:
+def _arguments(job: Sequence[str], run: Path, launcher: Sequence[str]) -> list[str]:
     """To start the run of a job, or to go on with it. Raises ConfigError if it is of another job.
 
     A run that was killed before its run.json was there starts anew: no more may be there.
     """
     if not (run / NAME).exists():
-        return [*job, f"hydra.run.dir={quoted(str(run))}"]
+        return [*job, *launcher, f"hydra.run.dir={quoted(str(run))}"]
     parser = OverridesParser.create(config_loader=_loader())
-    here = {o.get_key_element(): o for o in parser.parse_overrides(recorded_overrides(run))}
+    recorded = without_launcher(recorded_overrides(run))
+    here = {o.get_key_element(): o for o in parser.parse_overrides(recorded)}
     asked = {o.get_key_element(): o for o in parser.parse_overrides(list(job))}
     differing = [
         f"{(here[key] if key in here else asked[key]).input_line} "
@@ -305,7 +321,7 @@ def _arguments(job: Sequence[str], run: Path) -> list[str]:
     ]
     if differing:
         raise ConfigError(f"{run} holds the run of another job: {', '.join(differing)}")
-    return with_recorded([f"resume={quoted(str(run))}"])
+    return with_recorded([f"resume={quoted(str(run))}", *launcher])
 
 
 def value_of(key: str, arguments: Sequence[str]) -> str | None:

@@ -10,10 +10,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import cli
+from finetune import cli, slurm
 from finetune.errors import ConfigError, FinetuneError
-from finetune.overrides import CONF, prepared, recorded_sweep, value_of, with_recorded
-from finetune.record import NAME, Record
+from finetune.overrides import (
+    CONF,
+    config_dir,
+    prepared,
+    recorded_sweep,
+    value_of,
+    with_recorded,
+    without_launcher,
+)
+from finetune.record import NAME, Record, is_finished
 from finetune.typed import to_type
 
 
@@ -59,11 +67,6 @@ def resume_sweep() -> None:
             cli.jobs_done.append(cli.Job(job.overrides, job.run, None))
 
 
-def is_finished(run: Path) -> bool:
-    """Whether there is nothing to resume. A run that was killed at once has no record yet."""
-    return (run / NAME).exists() and Record.read(run).facts.get("status") == "finished"
-
-
 def finished(run: Path) -> str:
     """What to say of it."""
     return (
@@ -82,12 +85,19 @@ def task(cfg: DictConfig) -> None:
     overrides = list(hydra_cfg.overrides.task)
     why = why_model(overrides, hydra_cfg.runtime.choices, cfg.model.get("weights"))
 
+    go_on = to_type("resume", cli.shown_path(run))
     if hydra_cfg.mode is RunMode.MULTIRUN:
         cli.sweep = Path(hydra_cfg.sweep.dir)
+    if cli.sweep is not None:
+        go_on = f"-m {to_type('sweep.resume', cli.shown_path(cli.sweep))}"
 
     def job() -> None:
         if cfg.resume is None or not is_finished(run):
-            launch.run(cfg, run, overrides, why)
+            if cfg.launcher:
+                own = [o for o in without_launcher(overrides) if not o.startswith("resume=")]
+                slurm.submit(cfg, run, own, config_dir(sys.argv[1:]))
+            else:
+                launch.run(cfg, run, overrides, why)
             return
         config = OmegaConf.to_container(cfg, resolve=True)
         try:
@@ -96,7 +106,7 @@ def task(cfg: DictConfig) -> None:
             raise ConfigError(f"{finished(run)}\n{error}") from error
         print(finished(run))
 
-    cli.guarded(overrides, run, job)
+    cli.guarded(overrides, run, job, go_on)
 
 
 def why_model(overrides: Sequence[str], choices: Mapping[str, str], weights: str | None) -> str:
