@@ -109,7 +109,7 @@ def run_case(case: Case, folder: Path, resume: bool = True) -> dict[str, Any]:
             env=environment() | more, stdout=said, stderr=said, cwd=folder, start_new_session=True,
         )  # fmt: skip
         marks = [Path(f"{mark}{rank}") for rank in range(case.ranks)]
-        wait_until(lambda: all(m.exists() for m in marks) or process.poll() is not None, 180)
+        wait_until(lambda: all(m.exists() for m in marks) or process.poll() is not None, 240)
         time.sleep(0 if case.when == "test" else 0.5)  # into the middle of it
         ranks = ranks_of(process.pid)
         began = time.monotonic()

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -353,6 +353,7 @@ class StopSignals(Callback):
         self.steps, self.received, self.received_at = steps, 0, 0.0
         self.looping = False  # there is a batch to wait for
         self.agreed = 0  # the signal that all ranks know of
+        self.leaving: Interrupted | None = None  # what was raised
         self.pid = os.getpid()
         self._group: Any = None  # of several ranks
         self._flag = torch.tensor(0)
@@ -370,7 +371,7 @@ class StopSignals(Callback):
             return
         self.received, self.received_at = signum, now
         if not (first and self.looping):
-            raise Interrupted(signum)
+            self._leave(signum)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take Lightning's own handling out, and connect the ranks.
@@ -429,23 +430,23 @@ class StopSignals(Callback):
             self._save(trainer)
         elif self.steps and not validation_due:
             return  # to the end of the accumulation, or of the epoch
-        raise Interrupted(self.agreed, together=True)
+        self._leave(self.agreed, together=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Stop if that was known at the last batch."""
         if self.agreed:
             self._save(trainer)
-            raise Interrupted(self.agreed, together=True)
+            self._leave(self.agreed, together=True)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop a validation too; the resume repeats it."""
         if self._asked():
-            raise Interrupted(self.agreed, together=True)
+            self._leave(self.agreed, together=True)
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Likewise."""
         if self._asked():
-            raise Interrupted(self.agreed, together=True)
+            self._leave(self.agreed, together=True)
 
     def _save(self, trainer: L.Trainer) -> None:
         if self.steps and self.steps.saved_step != trainer.global_step:
@@ -469,12 +470,16 @@ class StopSignals(Callback):
             self._work.wait()
             self.agreed = int(self._flag)
 
+    def _leave(self, signum: int, together: bool = False) -> NoReturn:
+        self.leaving = Interrupted(signum, together)
+        raise self.leaving
+
     def _leave_loop(self) -> None:
         self.looping = False
         if not self._asked() and self._group is not None:
             self._agree()
         if self.agreed:
-            raise Interrupted(self.agreed, together=True)
+            self._leave(self.agreed, together=True)
 
 
 class Throughput(Callback):

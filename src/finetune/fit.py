@@ -87,16 +87,14 @@ def fit(
                         sweep_parts(folder)
                     record.update(status="running", error=None, process=this_process())
                 train_and_test(cfg, run, overrides, why_model, record, steps, stop)
-        except Interrupted as error:
+        except (Exception, Interrupted) as raised:
+            # what stumbles on the way out of a stop has not failed: Lightning's teardown may
+            error = stop.leaving or raised
             if record and record.facts["status"] != "finished":
                 with suppress(OSError):  # of a full disk
-                    record.update(status="interrupted", error=f"stopped by {error}")
-            raise
-        except Exception as error:
-            if record:
-                kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
-                with suppress(OSError):  # of a full disk
-                    record.update(status="failed", error=f"{kind}{error}")
+                    record.update(**how_it_ended(error))
+            if error is not raised:
+                raise error from raised
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise CheckpointError(
                     f"{error.filename or run}: {error.strerror}. What was written before stays; "
@@ -105,6 +103,14 @@ def fit(
             raise
         finally:
             end_wandb()
+
+
+def how_it_ended(error: BaseException) -> dict[str, str]:
+    """Status and error of a run that did not finish, for run.json."""
+    if isinstance(error, Interrupted):
+        return {"status": "interrupted", "error": f"stopped by {error}"}
+    kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
+    return {"status": "failed", "error": f"{kind}{error}"}
 
 
 def train_and_test(
@@ -468,6 +474,7 @@ def quiet_libraries() -> None:
         "The '.*_dataloader' does not have many workers",  # chosen from cores and data
         "The number of training batches .* is smaller than the logging interval",
         "You're resuming from a checkpoint that ended before the epoch ended",  # ours goes on there
+        "The `srun` command is available on your system but is not used",  # launcher=slurm does
         "Found .* module.* in eval mode at the start of training",  # a frozen layer is
         "It is recommended to use `self.log\\(.*sync_dist=True",  # computed over all ranks already
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning 2.6.6 with torch 2.14

@@ -71,6 +71,7 @@ def start_ranks(
     logging_config = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     plain = OmegaConf.to_container(cfg, resolve=True)
     threads = max(1, usable_cores() // devices)
+    workers = multiprocessing.get_start_method()
     context = multiprocessing.get_context("spawn")
     ranks = Ranks()
     signals.block()  # in the ranks until they can take one, and here until all are started
@@ -83,7 +84,7 @@ def start_ranks(
                 process = context.Process(
                     target=rank_main,
                     args=(there, number, devices, store.port, plain, str(run_dir), list(overrides),
-                          why_model, logging_config, threads),
+                          why_model, logging_config, threads, workers),
                 )  # fmt: skip
                 process.start()
                 there.close()
@@ -130,12 +131,15 @@ def rank_main(
     why_model: str,
     logging_config: dict[str, Any],
     threads: int,
+    workers: str,
 ) -> None:
     """What each rank runs. Signals are blocked until it can take them."""
     # a pipe, and not PR_SET_PDEATHSIG: it is there on every system, and cannot miss a launcher
     # that died before the rank asked for the signal
     threading.Thread(target=die_with_launcher, args=(pipe,), daemon=True).start()
     os.environ.update(environment(rank, world_size, port))
+    # of a DataLoader: as in one process. A spawned one would import torch again
+    multiprocessing.set_start_method(workers, force=True)
     torch.set_num_threads(threads)  # or the ranks' threads fight over the cores
     logging.config.dictConfig(logging_config)
     if rank > 0:
