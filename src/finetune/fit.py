@@ -49,6 +49,7 @@ from finetune.lock import locked, this_process
 from finetune.loggers import end_wandb
 from finetune.measure import measure, named_splits, print_metrics
 from finetune.model import Classifier
+from finetune.overrides import without_launcher
 from finetune.recipes import Choice, Recipe, none
 from finetune.record import Record
 from finetune.restore import saved_model
@@ -489,7 +490,8 @@ def write_hparams(
     writer = tensorboard(trainer)
     if writer is None:
         return
-    chosen = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o and o[0] != "~")
+    of_run = without_launcher(overrides)
+    chosen = dict(o.lstrip("+").split("=", 1) for o in of_run if "=" in o and o[0] != "~")
     chosen.pop("resume", None)
     shown = {"optimizer.lr": cfg.optimizer.lr, "batch_size": cfg.batch_size, "seed": cfg.seed}
     writer.write_hparams({**shown, **{k: number(v) for k, v in chosen.items()}}, list(metrics))

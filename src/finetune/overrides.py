@@ -189,8 +189,8 @@ def with_recorded(arguments: Sequence[str]) -> list[str]:
     keys = {_key(argument) for argument in typed}
     return [
         *(o for o in without_launcher(recorded) if _key(o) not in keys),
-        *([] if "launcher" in keys else ["launcher=local"]),
         *typed,
+        *([] if "launcher" in keys else ["launcher=local"]),
         f"resume={quoted(run)}",
         f"hydra.run.dir={quoted(run)}",
         "hydra.output_subdir=null",  # what the run was started with stays as it is
