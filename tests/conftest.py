@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from finetune import cli, resolve
+from finetune import cli, resolve, signals
 from finetune.overrides import CONF
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin where cores are few
@@ -134,6 +134,8 @@ def command(monkeypatch, tmp_path, capsys):
         program = "train.py" if name == "train" else f"finetune.{name}"
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         monkeypatch.setattr(cli, "jobs_done", [])
+        monkeypatch.setattr(cli, "sweep", None)
+        monkeypatch.setattr(signals, "exit_now", sys.exit)  # the tests' own process stays
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             module.main()

@@ -12,7 +12,6 @@ import torch
 from conftest import SMALL, facts_of, metrics_of, series
 from finetune import checkpoint
 from finetune.callbacks import (
-    Interrupted,
     StepCheckpoints,
     StopSignals,
     Throughput,
@@ -21,6 +20,7 @@ from finetune.callbacks import (
     verdict,
 )
 from finetune.datamodule import TransformedImages
+from finetune.errors import Interrupted
 from finetune.tasks.classification import Classification, per_class_accuracy
 
 
@@ -113,11 +113,26 @@ def test_a_signal_stops_a_run_and_its_record_says_so(command, tmp_path, monkeypa
 def test_a_second_signal_stops_at_once():
     stop = StopSignals(None)
     with stop.installed():
-        stop.fitting = True
+        stop.looping = True
         signal.raise_signal(signal.SIGTERM)  # waits for the batch
+        stop.received_at -= 1.0
         with pytest.raises(Interrupted) as error:
             signal.raise_signal(signal.SIGINT)
     assert error.value.signum == signal.SIGINT
+
+
+def test_a_signal_that_a_terminal_and_a_launcher_both_send_is_one():
+    stop = StopSignals(None)
+    with stop.installed():
+        stop.looping = True
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT
+    stop = StopSignals(None)
+    with stop.installed():
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # while the first is on its way out
 
 
 def test_handlers_are_put_back():

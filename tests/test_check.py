@@ -406,7 +406,7 @@ def test_every_range_belongs_to_a_key_that_some_config_has():
                composed("augment=randaugment", "optimizer=sgd", "schedule=cosine",
                         "model=resnet18"),
                composed("head=mlp"), composed("schedule=staircase"), composed("augment=crop"),
-               composed("runs=[x]", command="soup"),
+               composed("runs=[x]", command="soup"), composed("launcher=slurm"),
                composed("run=x", command="export")]  # fmt: skip
     missing = object()
     for key, *_ in RANGES:

@@ -13,7 +13,7 @@ from finetune.overrides import CONF
 
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
 GROUPS = ("recipe", "model", "head", "data", "task", "strategy", "augment", "optimizer",
-          "schedule", "trainer", "logger", "experiment")  # fmt: skip
+          "schedule", "trainer", "logger", "launcher", "experiment")  # fmt: skip
 LEAVES = [
     (group, path.stem)
     for group in GROUPS

@@ -264,6 +264,15 @@ def test_a_resume_takes_what_was_recorded_and_what_is_typed_now(run):
     assert f"hydra.run.dir={folder}" in arguments
 
 
+def test_a_resume_is_submitted_only_if_that_is_typed(run):
+    folder = run("epochs=3", "launcher=slurm", "launcher.time=10")
+    (here,) = compose_jobs("train", with_recorded([f"resume={folder}"]))
+    assert not here.launcher
+    typed = ["launcher=slurm", "launcher.time=20"]
+    (there,) = compose_jobs("train", with_recorded([f"resume={folder}", *typed]))
+    assert there.launcher.time == 20
+
+
 def test_a_resume_takes_what_was_chosen_inside_of_a_strategy(run):
     folder = run("strategy=lp_ft", "strategy@strategy.then=layer_decay", "strategy.then.decay=0.5")
     (job,) = compose_jobs("train", with_recorded([f"resume={folder}"]))

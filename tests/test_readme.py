@@ -202,6 +202,8 @@ def run(command, reader):
         resumes = any(word.startswith("resume=") for word in words)
         if resumes:
             stopped_run(command, reader / "RUN")
+        elif "sweep.resume=SWEEP" in words:
+            unfinished_sweep(command, reader / "SWEEP")
         elif name == "train" and "--help" not in words:
             own = ["--config-dir", "own"] if (reader / "own").exists() else []
             if "-m" in arguments:  # two values of each key tell as much as five
@@ -213,6 +215,7 @@ def run(command, reader):
             runs = (
                 [reader / "RUN"] if resumes else [p.parent for p in Path("logs").rglob("run.json")]
             )
+            runs += [path.parent for path in Path("SWEEP").rglob("run.json")]
             assert {facts_of(path)["status"] for path in runs} == {"finished"}
         return done
 
@@ -290,6 +293,12 @@ def stopped_run(command, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepCheckpoints, "on_before_optimizer_step", stop, raising=False)
         assert command("train", *SMALL, f"hydra.run.dir={folder.name}").code == 143
+
+
+def unfinished_sweep(command, folder):
+    """A sweep whose second job is missing."""
+    assert command("train", "-m", *SMALL, "seed=0,1", f"hydra.sweep.dir={folder.name}").code == 0
+    shutil.rmtree(folder / "1")
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,27 @@
 
 import logging
 import math
+import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from finetune import checkpoint
+from finetune import checkpoint, signals
 from finetune.checkpoint import load, save
 from finetune.datamodule import Batch, DataModule
-from finetune.errors import CheckpointError, ConfigError, NotFinite, TrainingError
+from finetune.errors import CheckpointError, ConfigError, Interrupted, NotFinite, TrainingError
 from finetune.files import readable
 from finetune.loggers import TensorBoard
 from finetune.model import Classifier
@@ -358,66 +359,144 @@ def may_save_here(trainer: L.Trainer, batch_idx: int) -> bool:
     return not (due or last) and batches % trainer.accumulate_grad_batches == 0
 
 
-class Interrupted(Exception):
-    """A signal asked for a stop. signum: which one."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
 class StopSignals(Callback):
-    """SIGINT, SIGTERM and SIGUSR1 stop a run after the batch, with a checkpoint; twice: at once."""
+    """SIGINT, SIGTERM and SIGUSR1 stop a run after the batch, with a checkpoint; twice: at once.
+
+    Ranks agree by the flag of the batch before. It is reduced on the CPU while the batch is
+    computed, so that no device is waited for, and all of them leave after the same batch.
+    """
 
     def __init__(self, steps: StepCheckpoints | None) -> None:
-        self.steps, self.received, self.fitting = steps, 0, False
+        self.steps, self.received, self.received_at = steps, 0, 0.0
+        self.looping = False  # there is a batch to wait for
+        self.agreed = 0  # the signal that all ranks know of
+        self.leaving: Interrupted | None = None  # what was raised
+        self.pid = os.getpid()
+        self._group: Any = None  # of several ranks
+        self._flag = torch.tensor(0)
+        self._work: Any = None
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> AbstractContextManager[None]:
         """Handle the signals inside; put back what was there before."""
-        names = [n for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
-        before = {n: signal.signal(getattr(signal, n), self._receive) for n in names}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
+        return signals.handled(self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received or not self.fitting:
-            raise Interrupted(signum)
-        self.received = signum
+        if os.getpid() != self.pid:  # a worker of a DataLoader, forked a moment ago
+            return
+        now, first = time.monotonic(), not self.received
+        if not first and now - self.received_at < signals.SAME:
+            return
+        self.received, self.received_at = signum, now
+        if not (first and self.looping):
+            self._leave(signum)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take Lightning's own handling out, and connect the ranks.
+
+        It would broadcast on the device in its handler of SIGTERM, where no other rank takes part,
+        and after every batch, and wait for that.
+        """
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        loop = trainer.fit_loop.epoch_loop
+        loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if trainer.world_size > 1 and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """From here on a stop waits for the batch."""
-        self.fitting = True
+        self.looping = True
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Likewise."""
+        self.looping = True
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Likewise."""
+        self.looping = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """From here on there is no batch to wait for."""
-        self.fitting = False
+        self._leave_loop()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Likewise, if it was no part of the training."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._leave_loop()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Likewise."""
+        self._leave_loop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """From here on there is no batch to wait for."""
-        self.fitting = False
+        """Likewise."""
+        self.looping = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Stop if any rank was asked to."""
-        signum = self.received
-        if trainer.world_size > 1:
-            flag = torch.tensor(signum, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            signum = int(flag)
-        if signum:
-            if self.steps and may_save_here(trainer, batch_idx):
-                self.steps.save(trainer)
-            raise Interrupted(signum)
+        """Stop if any rank was asked to, as soon as a checkpoint can be written.
+
+        Where a validation is due, which may take long, the resume starts from the one before.
+        """
+        if not self._asked():
+            return
+        last = trainer.should_stop or batch_idx + 1 >= trainer.num_training_batches
+        every = trainer.check_val_every_n_epoch or 1
+        validation_due = last and (trainer.should_stop or (trainer.current_epoch + 1) % every == 0)
+        if may_save_here(trainer, batch_idx):
+            self._save(trainer)
+        elif self.steps and not validation_due:
+            return  # to the end of the accumulation, or of the epoch
+        self._leave(self.agreed, together=True)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Stop if that was known at the last batch."""
+        if self.agreed:
+            self._save(trainer)
+            self._leave(self.agreed, together=True)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop a validation too; the resume repeats it."""
-        if self.received:
-            raise Interrupted(self.received)
+        if self._asked():
+            self._leave(self.agreed, together=True)
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Likewise."""
+        if self._asked():
+            self._leave(self.agreed, together=True)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if self.steps and self.steps.saved_step != trainer.global_step:
+            self.steps.save(trainer)
+
+    def _asked(self) -> int:
+        """The signal that all ranks know of, 0 for none; every rank asks after each batch."""
+        if self._group is None:
+            self.agreed = self.received
+        elif not self.agreed:
+            self._agree()
+            self._flag = torch.tensor(self.received)
+            self._work = torch.distributed.all_reduce(
+                self._flag, torch.distributed.ReduceOp.MAX, self._group, async_op=True
+            )
+        return self.agreed
+
+    def _agree(self) -> None:
+        """Wait for the flag that is on its way: since the batch before."""
+        if self._work is not None:
+            self._work.wait()
+            self.agreed = int(self._flag)
+
+    def _leave(self, signum: int, together: bool = False) -> NoReturn:
+        self.leaving = Interrupted(signum, together)
+        raise self.leaving
+
+    def _leave_loop(self) -> None:
+        self.looping = False
+        if not self._asked() and self._group is not None:
+            self._agree()
+        if self.agreed:
+            self._leave(self.agreed, together=True)
 
 
 class Throughput(Callback):

@@ -304,6 +304,9 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("ema", True, BELOW_1, "a number from 0, below 1, or null"),
     ("l2_sp", True, FROM_0, "a number from 0, or null"),
     ("task.label_smoothing", True, BELOW_1, "a share of the target, from 0, below 1, or null"),
+    ("launcher.gpus", True, _whole(0), "a whole number of GPUs of each node, or null"),
+    ("launcher.cpus", True, _whole(1), "a whole number of cores of each task, or null"),
+    ("launcher.grace", False, _whole(1), "seconds before the end, a whole number from 1"),
     ("data.shots", True, _whole(1), "a whole number from 1, or null"),
     ("data.fraction", True, _number(lambda v: 0 < v <= 1), "a number above 0, at most 1, or null"),
     ("data.classes", True, lambda v: OmegaConf.is_list(v) and len(v) == len({*v}) > 1
@@ -447,7 +450,7 @@ def _device_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     """More devices than there are; a GPU where there is none; no such accelerator or strategy."""
     if "accelerator" in cfg:  # of predict, which has no trainer
         yield from _gpu_problems("accelerator", cfg.accelerator)
-    if "trainer" not in cfg:
+    if "trainer" not in cfg or cfg.get("launcher"):  # which has other devices than are here
         return
     accelerator, key = cfg.trainer.get("accelerator", "auto"), "trainer.accelerator"
     known = ["auto", "cpu", "gpu", *sorted(AcceleratorRegistry.available_accelerators() - {"cpu"})]

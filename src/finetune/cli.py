@@ -12,7 +12,8 @@ from typing import NoReturn
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.errors import ConfigError, FinetuneError
+from finetune import signals, slurm
+from finetune.errors import ConfigError, FinetuneError, Interrupted
 from finetune.machine import let_threads_sleep
 from finetune.overrides import (
     asks_for_config,
@@ -22,7 +23,8 @@ from finetune.overrides import (
     prepared,
     signs_quoted,
 )
-from finetune.record import Record
+from finetune.record import Record, is_finished
+from finetune.typed import to_type
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +39,28 @@ class Job:
 
 
 jobs_done: list[Job] = []
+sweep: Path | None = None  # the directory of the sweep that this process runs
 
 
 def command(name: str, task: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 done, 1 a user's mistake or a failed job, 130 for Ctrl-C.
+    """Run a command and exit: 0 done, 1 a user's mistake or a failed job, 128 + n after a signal.
 
     name: of the YAML in conf/. task: a function under @hydra.main, which reads sys.argv.
     """
     let_threads_sleep()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
+    with signals.handled(signals.at_once):
+        try:
+            run_command(name, task)
+        except Interrupted as stop:
+            leave(stop, None if sweep is None else f"-m {to_type('sweep.resume', str(sweep))}")
+    if len(jobs_done) > 1:
+        print_sweep(jobs_done)
+    sys.exit(1 if any(job.error for job in jobs_done) else 0)
+
+
+def run_command(name: str, task: Callable[[], None]) -> None:
+    """The same; exits by itself only after a mistake, or what is no job."""
     try:
         sys.argv[1:] = prepared(name, signs_quoted(sys.argv[1:]))
         if text := help_asked_for(name, sys.argv[1:]):
@@ -57,6 +72,8 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
                 from finetune.check import check_all  # late: from here on torch is imported
 
                 check_all(jobs)
+                if any(job.get("launcher") for job in jobs):
+                    slurm.refuse_missing()  # once, and not for each job of a sweep
         task()
     except FinetuneError as error:
         fail(error)
@@ -67,12 +84,6 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
     except OSError as error:  # Hydra makes the run directory
         key = "hydra.sweep.dir" if {"-m", "--multirun"} & {*sys.argv} else "hydra.run.dir"
         fail(ConfigError(f"{key}: {error.filename} cannot be written: {error.strerror}"))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    if len(jobs_done) > 1:
-        print_sweep(jobs_done)
-    sys.exit(1 if any(job.error for job in jobs_done) else 0)
 
 
 def print_sweep(jobs: Sequence[Job]) -> None:
@@ -80,10 +91,14 @@ def print_sweep(jobs: Sequence[Job]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    # to a queue: they may have begun, but are not done
+    submitted = [job for job in jobs if job.error is None and not is_finished(job.run)]
     table = Table("job", "overrides", "best val", "test")
     for number, job in enumerate(jobs):
         cells = ["failed", ""]
-        if job.error is None:
+        if job in submitted:
+            cells = ["submitted", ""]
+        elif job.error is None:
             facts = Record.read(job.run).facts
             best, test = facts["best"], facts["test"]
             name = best["monitor"].replace("val/", "test/", 1)
@@ -92,7 +107,9 @@ def print_sweep(jobs: Sequence[Job]) -> None:
     Console().print(table)
     failed = [job for job in jobs if job.error]
     folder = shown_path(jobs[0].run.parent)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs done: {folder}/<job>")
+    done = len(jobs) - len(failed) - len(submitted)
+    queued = f", {len(submitted)} submitted" if submitted else ""
+    print(f"{done} of {len(jobs)} jobs done{queued}: {folder}/<job>")
     for job in failed:
         print(f"failed: {' '.join(job.overrides)}\n  {job.error}", file=sys.stderr)
 
@@ -102,15 +119,18 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path)
 
 
-def guarded(overrides: Sequence[str], run: Path, job: Callable[[], None]) -> None:
-    """Run one job; a failure is told and remembered, so that a sweep goes on."""
-    from finetune.callbacks import Interrupted  # late: imports torch
+def guarded(
+    overrides: Sequence[str], run: Path, job: Callable[[], None], go_on: str | None = None
+) -> None:
+    """Run one job; a failure is told and remembered, so that a sweep goes on.
 
+    go_on: what is typed after a stop, if there is anything.
+    """
     problem = None
     try:
         job()
     except Interrupted as stop:
-        sys.exit(128 + stop.signum)
+        leave(stop, go_on)
     except FinetuneError as error:
         problem = str(error)
         log.error("error: %s", error)
@@ -118,6 +138,14 @@ def guarded(overrides: Sequence[str], run: Path, job: Callable[[], None]) -> Non
         problem = f"{type(error).__name__}: {error}"
         log.error("%s", traceback.format_exc())
     jobs_done.append(Job(tuple(overrides), run, problem))
+
+
+def leave(stop: Interrupted, go_on: str | None) -> NoReturn:
+    """Say what stopped the command and how to go on, and exit with 128 + the number."""
+    signals.ignore()
+    how = "" if go_on is None else f". To go on: python train.py {go_on}"
+    log.warning("stopped by %s%s", stop, how)
+    signals.exit_now(128 + stop.signum)
 
 
 def fail(error: FinetuneError) -> NoReturn:

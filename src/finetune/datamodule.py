@@ -1,6 +1,7 @@
 """The one LightningDataModule: it feeds any dataset to any model."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -82,6 +83,12 @@ def labels_of(images: LabelledImages) -> Tensor:
     if images.num_classes is None:
         return torch.tensor(images.labels)
     return images.targets(images.num_classes)
+
+
+def leave_group(worker: int) -> None:
+    """Leave the process group: what is sent to it is for the run, which still needs its workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class DataModule(L.LightningDataModule):
@@ -256,6 +263,7 @@ class DataModule(L.LightningDataModule):
         options: dict[str, Any] = {}
         if num_workers > 0:
             options = {"persistent_workers": persistent, "prefetch_factor": 4}
+            options["worker_init_fn"] = leave_group
         return LazyLoader(
             TransformedImages(images, transform, self.seed),
             batch_sampler=sampler,

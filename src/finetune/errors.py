@@ -1,5 +1,7 @@
 """What a user's mistake is called: one message that says what is wrong, where, and what to type."""
 
+import signal
+
 
 class FinetuneError(Exception):
     """Base of every error that is shown as one message, without a traceback, with exit code 1."""
@@ -27,3 +29,14 @@ class NotFinite(TrainingError):
     def __init__(self, message: str, step: int, loss: float) -> None:
         super().__init__(message)
         self.step, self.loss = step, loss
+
+
+class Interrupted(BaseException):
+    """A signal asked for a stop. No Exception, or whoever catches those would go on.
+
+    signum: which one. together: whether all ranks leave at the same place.
+    """
+
+    def __init__(self, signum: int, together: bool = False) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum, self.together = signum, together

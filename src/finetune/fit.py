@@ -37,7 +37,6 @@ from finetune.callbacks import (
     BestCheckpoint,
     EarlyStop,
     FiniteGuard,
-    Interrupted,
     MaxSteps,
     Pictures,
     StepCheckpoints,
@@ -55,13 +54,21 @@ from finetune.data.digest import digest
 from finetune.data.split import stratified
 from finetune.datamodule import DataModule, labels_of
 from finetune.ema import EMA
-from finetune.errors import CheckpointError, ConfigError, FinetuneError, NotFinite, TrainingError
+from finetune.errors import (
+    CheckpointError,
+    ConfigError,
+    FinetuneError,
+    Interrupted,
+    NotFinite,
+    TrainingError,
+)
 from finetune.files import readable, sweep_parts
 from finetune.lock import locked, this_process
 from finetune.loggers import end_wandb
 from finetune.machine import usable_cores
 from finetune.measure import measure, named_splits, print_metrics
 from finetune.model import Classifier
+from finetune.overrides import without_launcher
 from finetune.recipes import Choice, Recipe, none
 from finetune.record import Record
 from finetune.restore import saved_model
@@ -87,41 +94,40 @@ def fit(
     steps = StepCheckpoints(run, cfg.checkpoint.every_n_steps, guard)
     stop = StopSignals(steps)
     record = None
-    try:
-        with stop.installed(), locked(run) if rank == 0 else nullcontext():
-            if cfg.debug == "replay":
-                replay_failure(cfg, run, why_model)
-                return
-            if rank == 0:
-                record = open_record(cfg, run)
-                for folder in (run, checkpoint.best_path(run).parent):
-                    sweep_parts(folder)
-                record.update(status="running", error=None, process=this_process())
-            train_and_test(cfg, run, overrides, why_model, record, steps, stop)
-    except Interrupted as error:
-        if record:
-            with suppress(OSError):  # of a full disk
-                record.update(status="interrupted", error=f"stopped by {error}")
-            log.warning(
-                "stopped by %s. To go on: python train.py %s",
-                error,
-                to_type("resume", shown_path(run)),
-            )
-        raise
-    except Exception as raised:
-        failure = failure_of(raised, cfg, run)
-        if record:
-            facts: dict[str, Any] = {}
-            if isinstance(failure, NotFinite):
-                facts["not_finite"] = {"step": failure.step, "loss": failure.loss}
-            kind = "" if isinstance(failure, FinetuneError) else f"{type(failure).__name__}: "
-            with suppress(OSError):  # of a full disk
-                record.update(status="failed", error=f"{kind}{failure}", **facts)
-        if failure is raised:
+    with stop.installed():
+        try:
+            with locked(run) if rank == 0 else nullcontext():
+                if cfg.debug == "replay":
+                    replay_failure(cfg, run, why_model)
+                    return
+                if rank == 0:
+                    record = open_record(cfg, run)
+                    for folder in (run, checkpoint.best_path(run).parent):
+                        sweep_parts(folder)
+                    record.update(status="running", error=None, process=this_process())
+                train_and_test(cfg, run, overrides, why_model, record, steps, stop)
+        except (Exception, Interrupted) as raised:
+            # what stumbles on the way out of a stop has not failed: Lightning's teardown may
+            error = stop.leaving or failure_of(raised, cfg, run)
+            if record and record.facts["status"] != "finished":
+                with suppress(OSError):  # of a full disk
+                    record.update(**how_it_ended(error))
+            if error is not raised:
+                raise error from raised
             raise
-        raise failure from raised
-    finally:
-        end_wandb()
+        finally:
+            end_wandb()
+
+
+def how_it_ended(error: BaseException) -> dict[str, Any]:
+    """Status and error of a run that did not finish, for run.json."""
+    if isinstance(error, Interrupted):
+        return {"status": "interrupted", "error": f"stopped by {error}"}
+    kind = "" if isinstance(error, FinetuneError) else f"{type(error).__name__}: "
+    facts: dict[str, Any] = {"status": "failed", "error": f"{kind}{error}"}
+    if isinstance(error, NotFinite):
+        facts["not_finite"] = {"step": error.step, "loss": error.loss}
+    return facts
 
 
 def replay_failure(cfg: DictConfig, run: Path, why_model: str) -> None:
@@ -141,7 +147,7 @@ def replay_failure(cfg: DictConfig, run: Path, why_model: str) -> None:
     replay.replay(parts.cfg, parts.task, parts.datamodule, parts.budget, resume_from, until)
 
 
-def failure_of(error: Exception, cfg: DictConfig, run: Path) -> Exception:
+def failure_of(error: BaseException, cfg: DictConfig, run: Path) -> BaseException:
     """The same; for a full disk or too little memory, one that says what to type."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return CheckpointError(
@@ -215,7 +221,7 @@ def train_and_test(
         trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)
     refuse_lost_end(trainer, best)
     show_confusion(trainer, best, parts.splits.classes)
-    results = measure_best(trainer, parts, best, run)
+    results = measure_best(trainer, parts, best, run, stop)
 
     if record:
         write_hparams(trainer, cfg, overrides, results.test or results.val)
@@ -418,7 +424,9 @@ class Results:
     per_class_metric: str
 
 
-def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint, run: Path) -> Results:
+def measure_best(
+    trainer: L.Trainer, parts: Parts, best: BestCheckpoint, run: Path, stop: StopSignals
+) -> Results:
     """Val as it was at the best; test, read once, with the weights of the best as they lie on disk.
 
     They are read into a new model: that of the training may be in parts on several devices.
@@ -429,7 +437,7 @@ def measure_best(trainer: L.Trainer, parts: Parts, best: BestCheckpoint, run: Pa
         named = dict(zip(parts.splits.classes, best.per_class, strict=True))
         return Results(val, {}, named, "val", metric)
     _, model = saved_model(run, OmegaConf.select(parts.cfg, "model.target"))
-    test = measure(parts.cfg, run, model, parts.splits, "test")
+    test = measure(parts.cfg, run, model, parts.splits, "test", [stop])
     for logger in trainer.loggers:
         logger.log_metrics(test.values, trainer.global_step)
     return Results(val, test.values, test.per_class, "test", metric)
@@ -496,6 +504,7 @@ def quiet_libraries() -> None:
         "The '.*_dataloader' does not have many workers",  # chosen from cores and data
         "The number of training batches .* is smaller than the logging interval",
         "You're resuming from a checkpoint that ended before the epoch ended",  # ours goes on there
+        "The `srun` command is available on your system but is not used",  # launcher=slurm does
         "Found .* module.* in eval mode at the start of training",  # a frozen layer is
         "It is recommended to use `self.log\\(.*sync_dist=True",  # computed over all ranks already
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning 2.6.6 with torch 2.14
@@ -510,7 +519,8 @@ def write_hparams(
     writer = tensorboard(trainer)
     if writer is None:
         return
-    chosen = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o and o[0] != "~")
+    of_run = without_launcher(overrides)
+    chosen = dict(o.lstrip("+").split("=", 1) for o in of_run if "=" in o and o[0] != "~")
     chosen.pop("resume", None)
     shown = {"optimizer.lr": cfg.optimizer.lr, "batch_size": cfg.batch_size, "seed": cfg.seed}
     writer.write_hparams({**shown, **{k: number(v) for k, v in chosen.items()}}, list(metrics))

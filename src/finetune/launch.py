@@ -2,26 +2,34 @@
 
 import logging
 import logging.config
+import multiprocessing
 import os
-import sys
+import threading
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # it re-exports
 
+from finetune import signals
 from finetune.build import num_devices
-from finetune.callbacks import Interrupted
-from finetune.errors import ConfigError, FinetuneError
+from finetune.errors import ConfigError, FinetuneError, Interrupted
 from finetune.fit import fit
+from finetune.lock import locked
 from finetune.machine import num_threads
+from finetune.ranks import End, Rank, Ranks, die_with_launcher
+from finetune.record import Record, Status
 
 log = logging.getLogger(__name__)
 
-STOPPED = {130: 2, 143: 15, 138: 10}  # exit code: signal
+MOST_SAID = 20_000  # characters: a pipe holds no more until it is read
 
 
 def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], why_model: str) -> None:
@@ -52,66 +60,60 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], why_model: str
 def start_ranks(
     cfg: DictConfig, run_dir: Path, overrides: Sequence[str], why_model: str, devices: int
 ) -> None:
-    """One process per device of this machine; a failure of one ends all.
+    """One process per device of this machine; the end of one ends all.
 
     Lightning's own launcher re-runs sys.argv in every rank: in a sweep each would then start a
-    sweep of its own, and ranks would train with different overrides.
+    sweep of its own, and ranks would train with different overrides. torch's elastic launcher
+    kills the other ranks when one has stopped, in the middle of what they write.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1"
-    quiet_elastic()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=devices,
-        run_id="finetune",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-        logs_specs=DefaultLogsSpecs(),
-    )
+    # found by the ranks as torchrun's; the port is free, since it is open already
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     logging_config = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     plain = OmegaConf.to_container(cfg, resolve=True)
     threads = num_threads(devices)
+    workers = multiprocessing.get_start_method()
+    context = multiprocessing.get_context("spawn")
+    ranks = Ranks()
+    signals.block()  # in the ranks until they can take one, and here until all are started
+    resource_tracker.ensure_running()  # which would die of a SIGUSR1 to the group otherwise
+    signals.block()  # it let some pass
     try:
-        elastic_launch(config, rank_main)(
-            plain, str(run_dir), list(overrides), why_model, logging_config, threads
-        )
-    except SignalException as error:
-        raise Interrupted(int(error.sigval)) from error
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        if stopped := codes & STOPPED.keys():
-            raise Interrupted(STOPPED[stopped.pop()]) from error
-        raise RankFailed(said_by(error.get_first_failure()[1])) from error
+        with signals.handled(ranks.receive):
+            for number in range(devices):
+                here, there = context.Pipe()
+                process = context.Process(
+                    target=rank_main,
+                    args=(there, number, devices, store.port, plain, str(run_dir), list(overrides),
+                          why_model, logging_config, threads, workers),
+                )  # fmt: skip
+                process.start()
+                there.close()
+                ranks.running.append(Rank(number, process, here))
+            signals.unblock()
+            end = ranks.wait()
+    finally:
+        signals.unblock()
+        ranks.kill()
+    if end is None and not ranks.received:
+        return
+    if end is None or end.status == "stopped":
+        stop = Interrupted(end.signum if end else ranks.received)
+        settle(run_dir, "interrupted", f"stopped by {stop}")
+        raise stop
+    settle(run_dir, "failed", end.error, whatever=end.rank > 0)
+    raise RankFailed(end.said)
 
 
-def quiet_elastic() -> None:
-    """Leave out what torch says of signals and failed ranks: we tell it ourselves.
+def settle(run_dir: Path, status: Status, error: str, whatever: bool = False) -> None:
+    """Write to run.json how the run ended, where its first rank could not tell, or knew less.
 
-    torch sets a level on every logger of its own, so that of the parent does not count.
+    whatever: it stands there what the first rank saw of the end of another.
     """
-    noisy = ("torch.distributed.elastic", "torch.multiprocessing")
-    for name in (*noisy, *logging.root.manager.loggerDict):
-        if name.startswith(noisy):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def said_by(failure: ProcessFailure) -> str:
-    """A user's mistake as its message alone; anything else as the rank's traceback."""
-    said = failure.error_file_data.get("message") if failure.error_file_data else None
-    if not isinstance(said, dict):  # it was killed, or could not write
-        return f"rank {failure.local_rank} ended with exit code {failure.exitcode}"
-    _, found, message = str(said["message"]).partition("FinetuneError: ")
-    return (
-        message if found else f"in rank {failure.local_rank}\n{said['extraInfo']['py_callstack']}"
-    )
+    with suppress(FinetuneError, OSError), locked(run_dir):  # there may be no run.json yet
+        record = Record.read(run_dir)
+        stands = record.facts["status"]
+        if stands != "finished" and (whatever or stands != status):
+            record.update(status=status, error=error)
 
 
 class RankFailed(FinetuneError):
@@ -119,32 +121,59 @@ class RankFailed(FinetuneError):
 
 
 def rank_main(
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
     plain: dict[str, Any],
     run_dir: str,
     overrides: list[str],
     why_model: str,
     logging_config: dict[str, Any],
     threads: int,
+    workers: str,
 ) -> None:
-    """What each rank runs. Its exit code tells the launcher of a signal."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    rank = int(os.environ["RANK"])
+    """What each rank runs. Signals are blocked until it can take them."""
+    # a pipe, and not PR_SET_PDEATHSIG: it is there on every system, and cannot miss a launcher
+    # that died before the rank asked for the signal
+    threading.Thread(target=die_with_launcher, args=(pipe,), daemon=True).start()
+    os.environ.update(environment(rank, world_size, port))
+    # of a DataLoader: as in one process. A spawned one would import torch again
+    multiprocessing.set_start_method(workers, force=True)
     torch.set_num_threads(threads)  # or the ranks' threads fight over the cores
     logging.config.dictConfig(logging_config)
     if rank > 0:
         logging.getLogger().setLevel(logging.CRITICAL)
-
-    @record  # writes what was raised to the file that the launcher reads
-    def job() -> None:
+    end: End | None = None
+    with signals.handled(signals.at_once):
         try:
+            signals.unblock()
             fit(OmegaConf.create(plain), Path(run_dir), overrides, why_model, rank)
+        except Interrupted as stop:
+            end = End(rank, "stopped", stop.signum, stop.together)
         except FinetuneError as error:
-            raise RuntimeError(f"FinetuneError: {error}") from error
+            end = End(rank, "failed", said=str(error), error=str(error))
+        except Exception as error:  # our bug or the machine's trouble: the traceback is wanted
+            said = f"in rank {rank}\n{traceback.format_exc()[-MOST_SAID:]}"
+            end = End(rank, "failed", said=said, error=f"{type(error).__name__}: {error}")
+        signals.ignore()
+        if end is not None:
+            pipe.send(end)
+    signals.ignore()
+    if end is not None:
+        signals.exit_now(128 + end.signum if end.signum else 1)
 
-    try:
-        job()
-    except Interrupted as stop:
-        sys.exit(128 + stop.signum)
-    except Exception:
-        sys.exit(1)
+
+def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set, and Lightning reads."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "finetune",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher's
+    }

@@ -1,9 +1,10 @@
 """What a model reaches on a split: measured over all images and ranks, and shown as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,14 @@ class Measured:
     per_class_metric: str
 
 
-def measure(cfg: DictConfig, run: Path, model: Classifier, splits: Splits, split: str) -> Measured:
+def measure(
+    cfg: DictConfig,
+    run: Path,
+    model: Classifier,
+    splits: Splits,
+    split: str,
+    callbacks: Sequence[Callback] = (),
+) -> Measured:
     """Measure a model with all of its weights on the test or val split."""
     cfg = cfg.copy()
     if is_sharded(cfg):
@@ -33,7 +41,7 @@ def measure(cfg: DictConfig, run: Path, model: Classifier, splits: Splits, split
     budget = build.build_budget(cfg, len(splits.train))
     task = build.build_task(cfg, model, budget)  # unbalanced: only training is balanced
     datamodule = build.build_datamodule(cfg, splits, model, task)
-    trainer = build.build_trainer(cfg, run, budget, callbacks=[], loggers=[])
+    trainer = build.build_trainer(cfg, run, budget, [*callbacks], loggers=[])
     run_loop = trainer.test if split == "test" else trainer.validate
     run_loop(task, datamodule=datamodule, verbose=False)
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}

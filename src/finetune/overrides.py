@@ -37,7 +37,7 @@ CONF = next(
 MOST_JOBS = 200  # of a sweep that are checked before it starts
 # what is typed for these is a path, whatever it looks like
 PATHS = (
-    *("resume", "data.root", "data.table", "model.path", "run", "input", "output"),
+    *("resume", "sweep.resume", "data.root", "data.table", "model.path", "run", "input", "output"),
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
 )
 
@@ -189,19 +189,26 @@ def with_recorded(arguments: Sequence[str]) -> list[str]:
     run = value_of("resume", arguments) or ""
     recorded = recorded_overrides(Path(run))
     keys = {_key(argument) for argument in typed}
-    own = [o for o in recorded if _key(o) == "model.target" and "model.target" not in keys]
-    if own:
-        raise CheckpointError(
-            f"{run} trains a network of your own, and a run directory is data, of which no code is "
-            f"called; if you trust it, type that too: {own[-1].lstrip('+')}"
-        )
+    refuse_own_code(recorded, typed, Path(run))
     return [
-        *(override for override in recorded if _key(override) not in keys),
+        *(o for o in without_launcher(recorded) if _key(o) not in keys),
         *typed,
+        *([] if "launcher" in keys else ["launcher=local"]),
         f"resume={quoted(run)}",
         f"hydra.run.dir={quoted(run)}",
         "hydra.output_subdir=null",  # what the run was started with stays as it is
     ]
+
+
+def without_launcher(overrides: Sequence[str]) -> list[str]:
+    """What a run is; not where it was started."""
+    return [o for o in overrides if _key(o) != "launcher" and not _key(o).startswith("launcher.")]
+
+
+def config_dir(arguments: Sequence[str]) -> list[str]:
+    """--config-dir and its folder, from wherever it is read; empty if it is not typed."""
+    folder = _parsed(arguments).config_dir
+    return [] if folder is None else ["--config-dir", str(Path(folder).absolute())]
 
 
 def recorded_overrides(run: Path) -> list[str]:
@@ -215,12 +222,128 @@ def recorded_overrides(run: Path) -> list[str]:
         raise CheckpointError(
             f"{run} is no run directory: {path} cannot be read ({error})"
         ) from error
-    # a run directory is data: what it names is never called
+    refuse_code(recorded, path)
+    return recorded
+
+
+def refuse_own_code(recorded: Sequence[str], typed: Sequence[str], folder: Path) -> None:
+    """Raise CheckpointError where a network of the user's own is recorded and not typed again."""
+    own = [o.lstrip("+") for o in recorded if _key(o) == "model.target"]
+    if own and "model.target" not in map(_key, typed):
+        raise CheckpointError(
+            f"{folder} trains a network of your own, and a run directory is data, of which no code "
+            f"is called; if you trust it, type that too: {own[-1]}"
+        )
+
+
+def refuse_code(recorded: Sequence[str], path: Path) -> None:
+    """Raise CheckpointError: a run directory is data, and what it names is never called."""
     if code := [o for o in recorded if "_target_" in o or _key(o).startswith("hydra")]:
         raise CheckpointError(
             f"{path} asks for code to be called, which is refused: {', '.join(code)}"
         )
-    return recorded
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """A job of a sweep that was started before. arguments: what its own run is started with."""
+
+    overrides: tuple[str, ...]
+    run: Path
+    cfg: DictConfig
+    arguments: tuple[str, ...]
+
+
+def recorded_sweep(arguments: Sequence[str]) -> list[SweepJob]:
+    """The jobs of the sweep that sweep.resume= names, in their order.
+
+    Raises ConfigError for anything else that is typed, but for a launcher, and where a job's
+    directory holds the run of another job; CheckpointError if there is no sweep.
+    """
+    args = _parsed(arguments)
+    folder = Path(value_of("sweep.resume", arguments) or "")
+    launcher = [o for o in args.overrides if o not in without_launcher(args.overrides)]
+    targets = [o for o in args.overrides if _key(o) == "model.target"]
+    others = [
+        o
+        for o in without_launcher(args.overrides)
+        if _key(o) not in ("sweep.resume", "model.target")
+    ]
+    for flag in ("cfg", "info", "run"):
+        if getattr(args, flag):
+            others.append(f"--{flag}")
+    if others:
+        raise ConfigError(
+            f"{to_type('sweep.resume', str(folder))} goes on with what the sweep was started with; "
+            f"leave out {' '.join(others)}"
+        )
+    recorded, subdir = _recorded_in_sweep(folder)
+    refuse_own_code(recorded, targets, folder)
+    if targets and targets != (own := [o for o in recorded if _key(o) == "model.target"]):
+        raise ConfigError(f"{' '.join(targets)}: the sweep was started with {own or 'none'}")
+    flags = [] if args.config_dir is None else ["--config-dir", args.config_dir]
+    found = []
+    with _conf("train", args.config_dir) as conf:
+        parser = OverridesParser.create(config_loader=_loader())
+        try:
+            typed = parser.parse_overrides(recorded)
+            for number, job in enumerate(map(without_launcher, _jobs(typed))):
+                own = [*job, *launcher, f"hydra.sweep.dir={quoted(str(folder))}", *subdir]
+                cfg = conf.compose(own)
+                run = _run_directory(cfg, number)
+                with open_dict(cfg):
+                    del cfg["hydra"]
+                found.append(
+                    SweepJob(tuple(job), run, cfg, (*flags, *_arguments(job, run, launcher)))
+                )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(
+                f"{folder}: what the sweep was started with does not fit conf/ here: "
+                f"{_first_lines(error)}"
+            ) from error
+    return found
+
+
+def _recorded_in_sweep(folder: Path) -> tuple[list[str], list[str]]:
+    """What a sweep was started with, and the override of its jobs' directories, if there is one."""
+    path = folder / "multirun.yaml"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such sweep directory. Sweeps lie in logs/sweeps/")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        of_hydra, recorded = (
+            [str(o) for o in content["hydra"]["overrides"][kind]] for kind in ("hydra", "task")
+        )
+    except Exception as error:  # a damaged file fails in many ways
+        raise CheckpointError(
+            f"{folder} is no sweep: {path} cannot be read ({_first_lines(error)}). To go on with "
+            f"one run: {to_type('resume', str(folder))}"
+        ) from error
+    refuse_code(recorded, path)
+    return recorded, [o for o in of_hydra if _key(o) == "hydra.sweep.subdir"]
+
+
+def _arguments(job: Sequence[str], run: Path, launcher: Sequence[str]) -> list[str]:
+    """To start the run of a job, or to go on with it. Raises ConfigError if it is of another job.
+
+    A run that was killed before its run.json was there starts anew: no more may be there.
+    """
+    if not (run / NAME).exists():
+        return [*job, *launcher, f"hydra.run.dir={quoted(str(run))}"]
+    parser = OverridesParser.create(config_loader=_loader())
+    recorded = without_launcher(recorded_overrides(run))
+    here = {o.get_key_element(): o for o in parser.parse_overrides(recorded)}
+    asked = {o.get_key_element(): o for o in parser.parse_overrides(list(job))}
+    differing = [
+        f"{(here[key] if key in here else asked[key]).input_line} "
+        f"{'is not of the sweep' if key in here else 'is missing there'}"
+        for key in dict.fromkeys([*here, *asked])
+        if key not in here or key not in asked or here[key].value() != asked[key].value()
+    ]
+    if differing:
+        raise ConfigError(f"{run} holds the run of another job: {', '.join(differing)}")
+    targets = [o for o in job if _key(o) == "model.target"]  # as typed again for the sweep
+    return with_recorded([f"resume={quoted(str(run))}", *launcher, *targets])
 
 
 def value_of(key: str, arguments: Sequence[str]) -> str | None:

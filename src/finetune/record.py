@@ -59,3 +59,8 @@ class Record:
         """Set facts and write the file."""
         self.facts.update(facts)
         write_json(self.path, self.facts)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether there is nothing to resume. A run that was killed at once has no record yet."""
+    return (run / NAME).exists() and Record.read(run).facts.get("status") == "finished"

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 # none of it changes the arithmetic
 FREE_TO_CHANGE = (
-    *("num_workers", "logger", "checkpoint", "resume", "debug", "features.dir"),
+    *("num_workers", "logger", "checkpoint", "resume", "sweep", "launcher", "debug"),
+    "features.dir",
     # with the same contents: see refuse_other_data
     *("data.root", "data.table", "data.download", "data.on_bad", "data.max_pixels", "data.rescan"),
 )

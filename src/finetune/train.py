@@ -7,12 +7,21 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import cli
+from finetune import cli, slurm
 from finetune.errors import ConfigError, FinetuneError
-from finetune.overrides import CONF, prepared, value_of, with_recorded
-from finetune.record import NAME, Record
+from finetune.overrides import (
+    CONF,
+    config_dir,
+    prepared,
+    recorded_sweep,
+    value_of,
+    with_recorded,
+    without_launcher,
+)
+from finetune.record import NAME, Record, is_finished
 from finetune.typed import to_type
 
 
@@ -20,6 +29,8 @@ def main() -> NoReturn:
     """Entry point of train.py."""
     try:
         arguments = prepared("train", sys.argv[1:])
+        if value_of("sweep.resume", arguments):
+            cli.command("train", resume_sweep)
         if resume := value_of("resume", arguments):
             sys.argv[1:] = with_recorded(arguments)  # before Hydra writes anything there
             if len(arguments) == 1 and is_finished(Path(resume)):
@@ -30,9 +41,30 @@ def main() -> NoReturn:
     cli.command("train", task)
 
 
-def is_finished(run: Path) -> bool:
-    """Whether there is nothing to resume. A run that was killed at once has no record yet."""
-    return (run / NAME).exists() and Record.read(run).facts.get("status") == "finished"
+def resume_sweep() -> None:
+    """Run the jobs of a sweep that are missing or unfinished, each as a run of its own.
+
+    Hydra's sweeper would write anew what lies in the directories of all jobs.
+    """
+    jobs = recorded_sweep(sys.argv[1:])
+    cli.sweep = Path(value_of("sweep.resume", sys.argv[1:]) or "")
+    to_do = [job for job in jobs if not is_finished(job.run)]
+    if to_do:
+        from finetune import check, resume  # late: imports torch
+
+        check.check_all([job.cfg for job in to_do])
+        for job in jobs:
+            if (job.run / NAME).exists():
+                config = OmegaConf.to_container(job.cfg, resolve=True)
+                resume.refuse_changes(Record.read(job.run).facts, config, job.run)
+    print(f"{cli.sweep}: {len(jobs) - len(to_do)} of {len(jobs)} jobs were done before")
+    for number, job in enumerate(jobs):
+        if job in to_do:
+            print(f"#{number}: {' '.join(job.overrides)}", flush=True)
+            sys.argv[1:] = job.arguments
+            task()
+        else:
+            cli.jobs_done.append(cli.Job(job.overrides, job.run, None))
 
 
 def finished(run: Path) -> str:
@@ -53,9 +85,19 @@ def task(cfg: DictConfig) -> None:
     overrides = list(hydra_cfg.overrides.task)
     why = why_model(overrides, hydra_cfg.runtime.choices, cfg.model.get("weights"))
 
+    go_on = to_type("resume", cli.shown_path(run))
+    if hydra_cfg.mode is RunMode.MULTIRUN:
+        cli.sweep = Path(hydra_cfg.sweep.dir)
+    if cli.sweep is not None:
+        go_on = f"-m {to_type('sweep.resume', cli.shown_path(cli.sweep))}"
+
     def job() -> None:
         if cfg.resume is None or not is_finished(run):
-            launch.run(cfg, run, overrides, why)
+            if cfg.launcher:
+                own = [o for o in without_launcher(overrides) if not o.startswith("resume=")]
+                slurm.submit(cfg, run, own, config_dir(sys.argv[1:]))
+            else:
+                launch.run(cfg, run, overrides, why)
             return
         facts, config = Record.read(run).facts, OmegaConf.to_container(cfg, resolve=True)
         try:
@@ -67,7 +109,7 @@ def task(cfg: DictConfig) -> None:
         else:
             print(finished(run))
 
-    cli.guarded(overrides, run, job)
+    cli.guarded(overrides, run, job, go_on)
 
 
 def why_model(overrides: Sequence[str], choices: Mapping[str, str], weights: str | None) -> str:
