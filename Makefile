@@ -8,13 +8,15 @@ BIN = .venv/bin
 INSTALLED = .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-locked setup-cpu venv same-python train test test-all check format lock clean
+.PHONY: help setup setup-locked setup-cpu venv same-python train test test-all torture check audit format lock clean
 
 help:
 	@echo 'make train      train; overrides in ARGS: make train ARGS="model=resnet50 data=cifar10"'
 	@echo 'make test       the tests that need neither network, GPU nor patience; ARGS goes to pytest'
 	@echo 'make test-all   every test'
+	@echo 'make torture    kills, signals, damaged files, a full disk, bad data; N=50 for a long one'
 	@echo 'make check      ruff, mypy, import floors'
+	@echo 'make audit      known vulnerabilities of the locked packages, where the database can be reached'
 	@echo 'make format     put the code in order, where ruff can'
 	@echo 'make lock       resolve requirements.lock again, after a change in pyproject.toml (needs uv);'
 	@echo '                ARGS="--upgrade" takes the newest versions'
@@ -81,11 +83,24 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST) $(ARGS)
 
+N ?= 5
+torture: $(INSTALLED)
+	@$(BIN)/python tests/torture.py $(N) $(ARGS)
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Offline it fails in its own words; an index without advisories knows no package at all.
+audit: $(INSTALLED)
+	@code=0; $(BIN)/pip-audit --progress-spinner off --disable-pip --require-hashes -r requirements.lock \
+	  > .venv/audit.txt 2>&1 || code=$$?; \
+	if grep -Eq 'ConnectionError|ServiceError|Max retries' .venv/audit.txt || \
+	  [ $$(grep -c 'could not be audited' .venv/audit.txt) -gt 50 ]; then \
+	  echo 'audit skipped: no database of advisories can be reached'; \
+	else cat .venv/audit.txt; exit $$code; fi
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
