@@ -171,13 +171,14 @@ def test_a_damaged_file_is_computed_again(folder, damage):
     assert torch.equal(checkpoint.load(path)["features"], before)
 
 
-def test_files_that_were_not_read_for_longest_make_room(tmp_path):
-    for i in range(4):
-        path = tmp_path / f"{i}.pt"
+def test_files_that_were_not_read_for_longest_make_room_and_no_others(tmp_path):
+    ours = [tmp_path / f"{i:032x}.pt" for i in range(4)]
+    theirs = tmp_path / "my_thesis_model.pt"
+    for age, path in enumerate([theirs, *ours]):
         path.write_bytes(bytes(100))
-        os.utime(path, (i, i))
-    features.make_room(tmp_path / "3.pt", most=250)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.pt", "3.pt"]
+        os.utime(path, (age, age))
+    features.make_room(ours[3], most=250)
+    assert {*tmp_path.iterdir()} == {theirs, *ours[2:]}
 
 
 def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, caplog):

@@ -20,7 +20,7 @@ def test_a_second_holder_is_told_of_the_first(tmp_path):
     with locked(run), pytest.raises(ConfigError, match="run is in use by another process"):
         locked(run).__enter__()
     with locked(run):
-        Record.create(run, {"process": this_process()})
+        Record.create(run, {"process": this_process(), "config": {}})
         with pytest.raises(ConfigError, match=rf"run is in use by process {os.getpid()} on "):
             locked(run).__enter__()
     with locked(tmp_path / "run"):

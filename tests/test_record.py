@@ -37,7 +37,7 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
 
 
 def test_a_record_is_updated_and_read_again(tmp_path):
-    record = Record.create(tmp_path / "deep" / "run", {"seed": 3})
+    record = Record.create(tmp_path / "deep" / "run", {"seed": 3, "config": {}})
     record.update(status="finished", val={"val/accuracy": 0.5})
     again = Record.read(tmp_path / "deep" / "run")
     assert again.facts == {
@@ -46,9 +46,9 @@ def test_a_record_is_updated_and_read_again(tmp_path):
 
 
 def test_a_run_directory_is_claimed_once(tmp_path):
-    Record.create(tmp_path, {"seed": 3})
+    Record.create(tmp_path, {"seed": 3, "config": {}})
     with pytest.raises(ConfigError, match=f"resume={tmp_path}"):
-        Record.create(tmp_path, {"seed": 4})
+        Record.create(tmp_path, {"seed": 4, "config": {}})
     assert Record.read(tmp_path).facts["seed"] == 3
 
 

@@ -297,3 +297,39 @@ def test_another_version_is_told(command, tmp_path, at_step):
     assert done.code == 0
     assert "will not end with the very bytes" in done.out
     assert "python 2" in done.out
+
+
+def test_a_longer_run_that_is_stopped_goes_on_as_the_longer_one(command, tmp_path, at_step):
+    how = (*RUN, "schedule=constant", "schedule.warmup=0", "epochs=2", "hydra.run.dir=run")
+    assert command("train", *how).code == 0
+    at_step(12, lose)
+    assert command("train", "resume=run", "epochs=3").code == 1
+    done = command("train", "resume=run")
+    assert done.code == 0, done.err
+    assert checkpoint.load(checkpoint.step_paths(tmp_path / "run")[0])["global_step"] == 15
+
+
+@pytest.mark.parametrize("said", ["+model@strategy=module", "model@head=module"])
+def test_no_option_of_a_run_directory_stands_where_another_belongs(
+    command, tmp_path, at_step, said
+):
+    """Then its target would be imported: model.target has another name there."""
+    at_step(2, lose)
+    command("train", *RUN, "hydra.run.dir=run")
+    recorded = tmp_path / "run" / ".hydra" / "overrides.yaml"
+    recorded.write_text(recorded.read_text() + f"- {said}\n")
+    assert f"which is refused: {said}" in command("train", "resume=run").err
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"status": "running"}'], ids=["empty", "list", "bare"])
+def test_a_record_without_a_run_is_none(command, tmp_path, at_step, text):
+    at_step(2, lose)
+    command("train", *RUN, "hydra.run.dir=run")
+    (tmp_path / "run" / "run.json").write_text(text)
+    done = command("train", "resume=run")
+    assert "Traceback" not in done.err
+    if text:
+        assert "run.json holds no run" in done.err
+    else:  # killed while it was made
+        assert done.code == 0
+        assert facts_of(tmp_path / "run")["status"] == "finished"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,13 +170,13 @@ def choose_workers(cfg: DictConfig, splits: Splits) -> int:
     """num_workers, or what the cores of each rank and the images ask for."""
     if cfg.num_workers is not None:
         return int(cfg.num_workers)
-    cores = usable_cores() // num_devices(cfg)
+    cores = usable_cores() // ranks_here(cfg)
     return num_workers(cores, isinstance(splits.train.images, ImageArray), on_gpu(cfg))
 
 
 def use_cores(cfg: DictConfig, workers: int) -> None:
     """Let this process compute on the cores that it has, and tell how they are used."""
-    threads = num_threads(num_devices(cfg))
+    threads = num_threads(ranks_here(cfg))
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     log.info(
@@ -203,9 +204,9 @@ def build_features(
             views=cfg.features.views,
             mixes=bool(cfg.mixup or cfg.cutmix),
             unused=frozen < task.epochs and (num_devices(cfg) > 1 or is_ddp),
-            num_bytes=4 * num_images * model.backbone.num_features,
+            num_bytes=4 * num_images * model.backbone.num_features * ranks_here(cfg),
         )
-    threads = num_threads(num_devices(cfg))
+    threads = num_threads(ranks_here(cfg))
     return Features(model, folder if kept else None, cfg.batch_size, plan, threads)
 
 
@@ -216,6 +217,8 @@ def tell_of_features(cfg: DictConfig, plan: Plan) -> None:
     views = cfg.features.views
     if views is not None and not (plan.views and plan.augmented):
         why = "no epoch trains the head alone" if not plan.epochs else "training sees no views"
+        if cfg.features.cache == "none" or is_sharded(cfg):
+            why = "none are kept with features.cache=none, nor with trainer.strategy=fsdp"
         log.warning("features.views=%s has no effect: %s", views, why)
 
 
@@ -315,6 +318,15 @@ def build_trainer(
         )
     except (ValueError, TypeError, RuntimeError) as error:  # MisconfigurationException among them
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def ranks_here(cfg: DictConfig) -> int:
+    """Processes of this run that share the cores that this one may use."""
+    if local := os.environ.get("LOCAL_WORLD_SIZE"):  # of torchrun, and of our own ranks
+        return int(local)
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:  # srun gives each task cores of its own
+        return 1
+    return max(1, num_devices(cfg) // int(cfg.trainer.get("num_nodes", 1)))
 
 
 def num_devices(cfg: DictConfig) -> int:

@@ -444,6 +444,12 @@ def _shard_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:
                 f"trainer.strategy={cfg.trainer.strategy} splits; type trainer.strategy=ddp or "
                 f"{key}=null",
             )
+    if cfg.trainer.get("val_check_interval"):
+        yield (
+            "trainer.val_check_interval",
+            "trainer.val_check_interval: the weights must be whole at the end of each epoch, where "
+            f"trainer.strategy={cfg.trainer.strategy} validates; leave it out",
+        )
 
 
 def _device_problems(cfg: DictConfig) -> Iterator[tuple[str, str]]:

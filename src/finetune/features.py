@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -345,7 +347,8 @@ class Features:
         if not torch.allclose(now, then, rtol=0.0, atol=SAME * float(now.abs().max())):
             log.info("features are computed again: the code has changed since %s", path)
             return None
-        path.touch()  # read now: the last to go
+        with suppress(OSError):  # it is another user's
+            os.utime(path)  # read now: the last to go
         return features  # type: ignore[no-any-return]
 
 
@@ -373,7 +376,9 @@ def write(path: Path, features: Tensor) -> None:
 
 def make_room(newest: Path, most: float = MOST_ON_DISK) -> None:
     """Remove the files that were not read for longest until the others take at most so much."""
-    files = {path: path.stat() for path in newest.parent.glob("*.pt")}
+    # whatever else lies in a folder that was named stays
+    ours = (p for p in newest.parent.glob("*.pt") if re.fullmatch(r"[0-9a-f]{32}", p.stem))
+    files = {path: path.stat() for path in ours}
     total = sum(status.st_size for status in files.values())
     for path in sorted(files, key=lambda path: files[path].st_mtime):
         if total <= most or path == newest:

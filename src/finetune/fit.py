@@ -70,7 +70,7 @@ from finetune.measure import measure, named_splits, print_metrics
 from finetune.model import Classifier
 from finetune.overrides import without_launcher
 from finetune.recipes import Choice, Recipe, none
-from finetune.record import Record
+from finetune.record import Record, has_record
 from finetune.restore import saved_model
 from finetune.tasks.base import Task, parameter_counts
 from finetune.typed import to_type
@@ -104,11 +104,13 @@ def fit(
                     record = open_record(cfg, run)
                     for folder in (run, checkpoint.best_path(run).parent):
                         sweep_parts(folder)
+                    record.facts.pop("not_finite", None)  # of what is resumed
                     record.update(status="running", error=None, process=this_process())
                 train_and_test(cfg, run, overrides, why_model, record, steps, stop)
         except (Exception, Interrupted) as raised:
             # what stumbles on the way out of a stop has not failed: Lightning's teardown may
-            error = stop.leaving or failure_of(raised, cfg, run)
+            filled = OmegaConf.create(record.facts["config"]) if record else cfg
+            error = stop.leaving or failure_of(raised, filled, run)
             if record and record.facts["status"] != "finished":
                 with suppress(OSError):  # of a full disk
                     record.update(**how_it_ended(error))
@@ -200,13 +202,21 @@ def train_and_test(
         facts = facts_of(parts, cfg)
         if start := record.facts.get("model", {}).get("start"):  # of the run that is resumed
             facts["model"]["start"] = start
-        facts |= {"device": device_name(trainer), "world_size": trainer.world_size}
+        plan = parts.datamodule.plan
+        facts |= {
+            "device": device_name(trainer),
+            "world_size": trainer.world_size,
+            "threads": torch.get_num_threads(),
+            "features": {"epochs": plan.epochs, "views": plan.views},
+        }
         config = OmegaConf.to_container(cfg, resolve=True)
         if cfg.resume and "recipe" in record.facts:  # it was begun
             resume.refuse_changes(record.facts, config, run)
             resume.refuse_other_data(record.facts, facts, run)
             resume.refuse_another_past(cfg, record.facts, parts.task, parts.budget, resumed_at or 0)
             resume.warn_of_other_machine(record.facts, facts | {"versions": versions()})
+        grown = cfg.resume and resume.trains_longer(record.facts, cfg)
+        facts["epochs_grown"] = grown or record.facts.get("epochs_grown", False)
         record.update(config=config, recipe=resolve.told(parts.choices), **facts)
 
     check_space(cfg, run, parts)
@@ -253,7 +263,7 @@ def waiting(throughput: Throughput, cfg: DictConfig, num_workers: int) -> dict[s
     """Share of the time that waits for data, and what it means: told, and for run.json."""
     share, said = throughput.data_wait, None
     if share is not None:
-        said = verdict(share, num_workers, usable_cores() // build.num_devices(cfg))
+        said = verdict(share, num_workers, usable_cores() // build.ranks_here(cfg))
         log.info("%s", said)
     return {"data_wait": share, "verdict": said}
 
@@ -299,7 +309,8 @@ def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
     log.info("%s", layer_table.text(layer_table.compact(rows)))
     log.info("{:,} of {:,} parameters train".format(*parameter_counts(model)))
     every = "epoch" if budget.validate_every == 1 else f"{budget.validate_every} epochs"
-    if interval := cfg.trainer.get("val_check_interval"):
+    interval = cfg.trainer.get("val_check_interval")
+    if interval and interval <= budget.batches_per_epoch:
         every = f"{interval} batches"
     log.info(
         "%d steps: %d epochs of %d, validated every %s",
@@ -448,7 +459,7 @@ def open_record(cfg: DictConfig, run: Path) -> Record:
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     if cfg.resume:
-        if not (run / "run.json").exists():
+        if not has_record(run):
             log.info("%s was stopped before it began; starting from step 0", run)
         else:
             record = Record.read(run)

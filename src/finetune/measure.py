@@ -37,7 +37,7 @@ def measure(
     cfg = cfg.copy()
     if is_sharded(cfg):
         cfg.trainer.strategy = "ddp"  # without a backward pass there is nothing to save by parts
-    cfg.trainer.profiler = None  # it has the training
+    cfg.trainer.profiler = cfg.trainer.val_check_interval = None  # those are of the training
     budget = build.build_budget(cfg, len(splits.train))
     task = build.build_task(cfg, model, budget)  # unbalanced: only training is balanced
     datamodule = build.build_datamodule(cfg, splits, model, task)

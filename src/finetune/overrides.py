@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.errors import CheckpointError, ConfigError
-from finetune.record import NAME, taken
+from finetune.record import Record, has_record, taken
 from finetune.typed import quoted, shown, to_type
 
 # the folder beside src/ in a checkout; the copy inside the package once it was built into a wheel
@@ -188,6 +188,8 @@ def with_recorded(arguments: Sequence[str]) -> list[str]:
     typed = [a for a in arguments if _key(a) != "resume"]
     run = value_of("resume", arguments) or ""
     recorded = recorded_overrides(Path(run))
+    if longer := _grown_epochs(Path(run)):
+        typed = [*([] if "epochs" in map(_key, typed) else [longer]), *typed]
     keys = {_key(argument) for argument in typed}
     refuse_own_code(recorded, typed, Path(run))
     return [
@@ -209,6 +211,15 @@ def config_dir(arguments: Sequence[str]) -> list[str]:
     """--config-dir and its folder, from wherever it is read; empty if it is not typed."""
     folder = _parsed(arguments).config_dir
     return [] if folder is None else ["--config-dir", str(Path(folder).absolute())]
+
+
+def _grown_epochs(run: Path) -> str | None:
+    """The epochs that an earlier resume gave to a run, as an override; None if none did."""
+    if not has_record(run):
+        return None
+    facts = Record.read(run).facts
+    epochs = facts["config"].get("epochs")
+    return f"epochs={epochs}" if facts.get("epochs_grown") else None
 
 
 def recorded_overrides(run: Path) -> list[str]:
@@ -238,7 +249,14 @@ def refuse_own_code(recorded: Sequence[str], typed: Sequence[str], folder: Path)
 
 def refuse_code(recorded: Sequence[str], path: Path) -> None:
     """Raise CheckpointError: a run directory is data, and what it names is never called."""
-    if code := [o for o in recorded if "_target_" in o or _key(o).startswith("hydra")]:
+    # nor is an option put where another belongs: strategy.then is all that has a place of its own
+    if code := [
+        o
+        for o in recorded
+        if "_target_" in o
+        or _key(o).startswith("hydra")
+        or ("@" in _key(o) and not _key(o).startswith("strategy@strategy."))
+    ]:
         raise CheckpointError(
             f"{path} asks for code to be called, which is refused: {', '.join(code)}"
         )
@@ -291,6 +309,10 @@ def recorded_sweep(arguments: Sequence[str]) -> list[SweepJob]:
                 own = [*job, *launcher, f"hydra.sweep.dir={quoted(str(folder))}", *subdir]
                 cfg = conf.compose(own)
                 run = _run_directory(cfg, number)
+                if not run.resolve().is_relative_to(folder.resolve()):
+                    raise CheckpointError(f"{folder}: its job {number} would run elsewhere: {run}")
+                if longer := _grown_epochs(run):
+                    cfg = conf.compose([*own, longer])
                 with open_dict(cfg):
                     del cfg["hydra"]
                 found.append(
@@ -328,7 +350,7 @@ def _arguments(job: Sequence[str], run: Path, launcher: Sequence[str]) -> list[s
 
     A run that was killed before its run.json was there starts anew: no more may be there.
     """
-    if not (run / NAME).exists():
+    if not has_record(run):
         return [*job, *launcher, f"hydra.run.dir={quoted(str(run))}"]
     parser = OverridesParser.create(config_loader=_loader())
     recorded = without_launcher(recorded_overrides(run))
@@ -663,7 +685,7 @@ def _refuse_taken(jobs: Sequence[DictConfig], multirun: bool) -> None:
     for number, job in enumerate(jobs):
         OmegaConf.copy_cache(jobs[0], job)  # of ${now:}, as Hydra does for a sweep
         run = _run_directory(job, number if multirun else None)
-        if (run / NAME).exists():
+        if has_record(run):
             raise taken(run)
         if run in found:
             raise ConfigError(

@@ -34,7 +34,8 @@ class Record:
             run.mkdir(parents=True, exist_ok=True)
             path.open("x").close()  # atomic: of two processes one gets it
         except FileExistsError as error:
-            raise taken(run) from error
+            if has_record(run):
+                raise taken(run) from error
         except OSError as error:
             raise ConfigError(f"hydra.run.dir: {run} cannot be written: {error}") from error
         record = cls(run, {"status": "running", "error": None, **facts})
@@ -53,14 +54,23 @@ class Record:
                 f"{run} is no run directory: {NAME} is missing or damaged ({error}). "
                 "Give the folder that train.py named at the end; runs lie below logs/"
             ) from error
+        if not (isinstance(facts, dict) and isinstance(facts.get("config"), dict)):
+            raise CheckpointError(f"{run} is no run directory: {NAME} holds no run")
         return cls(run, facts)
 
     def update(self, **facts: Any) -> None:
-        """Set facts and write the file."""
-        self.facts.update(facts)
-        write_json(self.path, self.facts)
+        """Set facts and write the file; they hold once they are written."""
+        now = {**self.facts, **facts}
+        write_json(self.path, now)
+        self.facts = now
+
+
+def has_record(run: Path) -> bool:
+    """Whether a run began. One that was killed at once left nothing, or an empty file."""
+    path = run / NAME
+    return path.exists() and path.stat().st_size > 0
 
 
 def is_finished(run: Path) -> bool:
-    """Whether there is nothing to resume. A run that was killed at once has no record yet."""
-    return (run / NAME).exists() and Record.read(run).facts.get("status") == "finished"
+    """Whether there is nothing to resume."""
+    return has_record(run) and Record.read(run).facts.get("status") == "finished"

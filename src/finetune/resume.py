@@ -63,6 +63,12 @@ def refuse_another_past(
     if not trains_longer(recorded, cfg):
         return
     epochs = recorded["config"]["epochs"]
+    if (best := recorded.get("best", {}).get("step", 0)) > step:
+        raise ConfigError(
+            f"epochs={cfg.epochs}: the best weights are of step {best}, after the last state that "
+            f"can be resumed, of step {step}. Start another run from them: model=run "
+            "model.path=RUN"
+        )
     before = build.Budget(
         epochs, budget.steps_per_epoch, cfg.max_steps, budget.num_images, budget.num_val,
         budget.sharded,
@@ -136,6 +142,9 @@ def warn_of_other_machine(recorded: Mapping[str, Any], now: Mapping[str, Any]) -
         for name, before in recorded["versions"].items()
         if before != now["versions"].get(name)
     ]
+    for what in ("threads", "features"):
+        if recorded.get(what, now[what]) != now[what]:
+            changed.append(f"{what} {recorded[what]} then, {now[what]} now")
     if (device := recorded.get("device", now["device"])) != now["device"]:
         changed.append(f"device {device} then, {now['device']} now")
     if changed:

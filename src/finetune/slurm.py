@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SCRIPT = """#!/bin/bash
 {options}
 cd {here} || exit
-if [ -e {record} ]; then
+if [ -s {record} ]; then
   set -- {resume}
 else  # it never began
   set -- {start}
@@ -76,7 +76,7 @@ def job_script(cfg: DictConfig, run: Path, overrides: Sequence[str], flags: Sequ
         options="\n".join(f"#SBATCH {option}" for option in options(cfg, run)),
         here=shlex.quote(str(Path.cwd())),
         record=shlex.quote(str(run / NAME)),
-        resume=shlex.join([*flags, f"resume={there}"]),
+        resume=shlex.join([*flags, *overrides, f"resume={there}"]),
         start=shlex.join([*flags, *overrides, "launcher=local", f"hydra.run.dir={there}"]),
         cpus=' --cpus-per-task="$SLURM_CPUS_PER_TASK"' if cpus else "",  # srun takes no other's
         python=shlex.quote(sys.executable),

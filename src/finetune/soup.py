@@ -124,6 +124,7 @@ def typed(cfg: DictConfig) -> list[str]:
         "data.table": cfg.data.table,
         "model.target": cfg.model.target,
         "num_workers": cfg.num_workers,
+        "features.cache": "none",  # the backbone changes from one measurement to the next
         "trainer": "default",
         "trainer.accelerator": cfg.trainer.accelerator,
         "trainer.devices": 1,

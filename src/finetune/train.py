@@ -21,7 +21,7 @@ from finetune.overrides import (
     with_recorded,
     without_launcher,
 )
-from finetune.record import NAME, Record, is_finished
+from finetune.record import Record, has_record, is_finished
 from finetune.typed import to_type
 
 
@@ -53,8 +53,8 @@ def resume_sweep() -> None:
         from finetune import check, resume  # late: imports torch
 
         check.check_all([job.cfg for job in to_do])
-        for job in jobs:
-            if (job.run / NAME).exists():
+        for job in to_do:
+            if has_record(job.run):
                 config = OmegaConf.to_container(job.cfg, resolve=True)
                 resume.refuse_changes(Record.read(job.run).facts, config, job.run)
     print(f"{cli.sweep}: {len(jobs) - len(to_do)} of {len(jobs)} jobs were done before")
@@ -91,13 +91,16 @@ def task(cfg: DictConfig) -> None:
     if cli.sweep is not None:
         go_on = f"-m {to_type('sweep.resume', cli.shown_path(cli.sweep))}"
 
+    def start() -> None:
+        if cfg.launcher:
+            own = [o for o in without_launcher(overrides) if not o.startswith("resume=")]
+            slurm.submit(cfg, run, own, config_dir(sys.argv[1:]))
+        else:
+            launch.run(cfg, run, overrides, why)
+
     def job() -> None:
         if cfg.resume is None or not is_finished(run):
-            if cfg.launcher:
-                own = [o for o in without_launcher(overrides) if not o.startswith("resume=")]
-                slurm.submit(cfg, run, own, config_dir(sys.argv[1:]))
-            else:
-                launch.run(cfg, run, overrides, why)
+            start()
             return
         facts, config = Record.read(run).facts, OmegaConf.to_container(cfg, resolve=True)
         try:
@@ -105,7 +108,7 @@ def task(cfg: DictConfig) -> None:
         except ConfigError as error:
             raise ConfigError(f"{finished(run)}\n{error}") from error
         if resume.trains_longer(facts, cfg):
-            launch.run(cfg, run, overrides, why)
+            start()
         else:
             print(finished(run))
 

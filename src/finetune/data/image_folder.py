@@ -62,6 +62,8 @@ def image_folder(
         splits = Splits(classes, labelled["train"], labelled.get("val"), labelled.get("test"))
     else:
         splits = cut_splits(labelled[""], classes, split_seed)
+    # as the images call themselves: without the ./ of data.root=.
+    doubles = tuple(tuple(str(Path(path)) for path in group) for group in doubles)
     return replace(splits, skipped=left_out, doubles=doubles)
 
 
