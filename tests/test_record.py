@@ -41,7 +41,7 @@ def test_a_record_is_updated_and_read_again(tmp_path):
     record.update(status="finished", val={"val/accuracy": 0.5})
     again = Record.read(tmp_path / "deep" / "run")
     assert again.facts == {
-        "status": "finished", "error": None, "seed": 3, "val": {"val/accuracy": 0.5},
+        "status": "finished", "error": None, "seed": 3, "config": {}, "val": {"val/accuracy": 0.5},
     }  # fmt: skip
 
 
