@@ -296,7 +296,7 @@ def test_a_run_on_features_that_was_lost_ends_with_the_same_bytes(
     if lost == "deleted":
         for path in folder.iterdir():
             path.unlink()
-    assert command("train", "resume=run").code == 0
+    assert command("train", "resume=run", "model.target=nets.Cnn").code == 0
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 

@@ -104,8 +104,9 @@ def fit(
                     record = open_record(cfg, run)
                     for folder in (run, checkpoint.best_path(run).parent):
                         sweep_parts(folder)
-                    record.facts.pop("not_finite", None)  # of what is resumed
-                    record.update(status="running", error=None, process=this_process())
+                    if record.facts["status"] != "finished":  # or it stays so, until more is agreed
+                        record.facts.pop("not_finite", None)  # of what is resumed
+                        record.update(status="running", error=None, process=this_process())
                 train_and_test(cfg, run, overrides, why_model, record, steps, stop)
         except (Exception, Interrupted) as raised:
             # what stumbles on the way out of a stop has not failed: Lightning's teardown may
@@ -213,10 +214,13 @@ def train_and_test(
         if cfg.resume and "recipe" in record.facts:  # it was begun
             resume.refuse_changes(record.facts, config, run)
             resume.refuse_other_data(record.facts, facts, run)
-            resume.refuse_another_past(cfg, record.facts, parts.task, parts.budget, resumed_at or 0)
+            resume.refuse_another_past(
+                cfg, record.facts, parts.task, parts.budget, resumed_at or 0, run
+            )
             resume.warn_of_other_machine(record.facts, facts | {"versions": versions()})
         grown = cfg.resume and resume.trains_longer(record.facts, cfg)
         facts["epochs_grown"] = grown or record.facts.get("epochs_grown", False)
+        facts |= {"status": "running", "error": None, "process": this_process()}
         record.update(config=config, recipe=resolve.told(parts.choices), **facts)
 
     check_space(cfg, run, parts)

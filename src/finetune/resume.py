@@ -54,7 +54,12 @@ def refuse_changes(recorded: Mapping[str, Any], config: Any, run: Path) -> None:
 
 
 def refuse_another_past(
-    cfg: DictConfig, recorded: Mapping[str, Any], task: Task, budget: build.Budget, step: int
+    cfg: DictConfig,
+    recorded: Mapping[str, Any],
+    task: Task,
+    budget: build.Budget,
+    step: int,
+    run: Path,
 ) -> None:
     """Raise ConfigError if with more epochs the steps that are done had been other ones.
 
@@ -63,11 +68,11 @@ def refuse_another_past(
     if not trains_longer(recorded, cfg):
         return
     epochs = recorded["config"]["epochs"]
+    anew = f"start another run from its weights: model=run {to_type('model.path', str(run))}"
     if (best := recorded.get("best", {}).get("step", 0)) > step:
         raise ConfigError(
             f"epochs={cfg.epochs}: the best weights are of step {best}, after the last state that "
-            f"can be resumed, of step {step}. Start another run from them: model=run "
-            "model.path=RUN"
+            f"can be resumed, of step {step}. Go on without epochs=, or {anew}"
         )
     before = build.Budget(
         epochs, budget.steps_per_epoch, cfg.max_steps, budget.num_images, budget.num_val,
@@ -95,7 +100,7 @@ def refuse_another_past(
         raise ConfigError(
             f"epochs={cfg.epochs}: {' and '.join(other)} would have set other learning rates in "
             f"the {step} steps that are done, with {epochs} epochs in view. Go on without epochs=, "
-            "or start another run from its weights: model=run model.path=RUN"
+            f"or {anew}"
         )
     log.info(
         "epochs=%d instead of %d: %d steps instead of %d, validated every %d epochs instead of %d",
