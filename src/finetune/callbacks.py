@@ -598,17 +598,20 @@ def waited(trainer: L.Trainer) -> float:
     return float(getattr(trainer.train_dataloader, "waited", 0.0))
 
 
-def verdict(data_wait: float, num_workers: int, cores: int) -> str:
+def verdict(data_wait: float, num_workers: int, cores: int, in_memory: bool = False) -> str:
     """What a run spent its time on, and what to type if that was waiting.
 
     data_wait: share of the time. num_workers: processes that read images. cores: of this device.
+    in_memory: images are transformed faster than workers could send them.
     """
     if data_wait < MUCH_WAITING:
         return f"compute-bound: {data_wait:.0%} of the time waits for data"
     more = min(8, cores - 1)
     remedy = (
         f"try num_workers={more}"
-        if num_workers < more
+        if num_workers < more and not in_memory
+        else "a lighter augment= would help"
+        if in_memory
         else "smaller image files, or a lighter augment=, would help"
     )
     return f"input-bound: {data_wait:.0%} of the time waits for data; {remedy}"

@@ -49,7 +49,7 @@ from finetune.callbacks import (
 )
 from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
-from finetune.data.base import Splits, label_counts
+from finetune.data.base import ImageArray, Splits, label_counts
 from finetune.data.digest import digest
 from finetune.data.split import stratified
 from finetune.datamodule import DataModule, labels_of
@@ -251,7 +251,7 @@ def train_and_test(
             test=results.test,
             **{f"per_class_{results.per_class_metric}": per_class},
             images_per_second=throughput.images_per_second,
-            **waiting(throughput, cfg, parts.datamodule.num_workers),
+            **waiting(throughput, cfg, parts.datamodule),
             seconds=time.time() - began,
             time_to_first_step=first_step and first_step - finetune.STARTED,
         )
@@ -263,11 +263,13 @@ def train_and_test(
             log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
 
 
-def waiting(throughput: Throughput, cfg: DictConfig, num_workers: int) -> dict[str, Any]:
+def waiting(throughput: Throughput, cfg: DictConfig, datamodule: DataModule) -> dict[str, Any]:
     """Share of the time that waits for data, and what it means: told, and for run.json."""
     share, said = throughput.data_wait, None
     if share is not None:
-        said = verdict(share, num_workers, usable_cores() // build.ranks_here(cfg))
+        in_memory = isinstance(datamodule.splits.train.images, ImageArray)
+        cores = usable_cores() // build.ranks_here(cfg)
+        said = verdict(share, datamodule.num_workers, cores, in_memory)
         log.info("%s", said)
     return {"data_wait": share, "verdict": said}
 
