@@ -95,7 +95,7 @@ check: $(INSTALLED)
 
 # Offline it fails in its own words; an index without advisories knows no package at all.
 audit: $(INSTALLED)
-	@code=0; $(BIN)/pip-audit --progress-spinner off --disable-pip --require-hashes -r requirements.lock \
+	@code=0; $(BIN)/pip-audit --progress-spinner off --timeout 5 --disable-pip --require-hashes -r requirements.lock \
 	  > .venv/audit.txt 2>&1 || code=$$?; \
 	if grep -Eq 'ConnectionError|ServiceError|Max retries' .venv/audit.txt || \
 	  [ $$(grep -c 'could not be audited' .venv/audit.txt) -gt 50 ]; then \
