@@ -97,7 +97,7 @@ def test_what_was_typed_for_a_run_cannot_work(refused, name, arguments, said):
 def test_a_sweep_does_not_overwrite_what_the_runs_there_were_started_with(refused, tmp_path):
     run = tmp_path / "sweep" / "1"
     (run / ".hydra").mkdir(parents=True)
-    (run / "run.json").touch()
+    (run / "run.json").write_text("{}")
     (run / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
     message = refused("train", "-m", *SMALL, "seed=5,6", "hydra.sweep.dir=sweep")
     assert "sweep/1 already holds a run. To go on with it, type resume=sweep/1; " in message

@@ -336,19 +336,19 @@ def test_the_directory_of_a_run_is_not_taken_by_another(tmp_path, folder, argume
     run = tmp_path / folder
     run.mkdir(parents=True)
     compose_jobs("train", prepared("train", arguments))  # a folder alone is no run
-    (run / "run.json").touch()
+    (run / "run.json").write_text("{}")
     message = refused(*prepared("train", arguments))
     assert f"{run} already holds a run. To go on with it, type resume={run}; " in message
 
 
 def test_a_directory_that_is_taken_may_be_looked_at_and_resumed(tmp_path):
-    (tmp_path / "run.json").touch()
+    (tmp_path / "run.json").write_text("{}")
     compose_jobs("train", ["--cfg", "job", f"hydra.run.dir={tmp_path}"])
     compose_jobs("train", [f"resume={tmp_path}", f"hydra.run.dir={tmp_path}"])
 
 
 def test_a_rank_that_was_started_from_outside_may_find_what_the_first_began(tmp_path, monkeypatch):
-    (tmp_path / "run.json").touch()
+    (tmp_path / "run.json").write_text("{}")
     monkeypatch.setenv("RANK", "1")
     compose_jobs("train", [f"hydra.run.dir={tmp_path}"])
     monkeypatch.setenv("RANK", "0")

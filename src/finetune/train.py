@@ -53,7 +53,7 @@ def resume_sweep() -> None:
         from finetune import check, resume  # late: imports torch
 
         check.check_all([job.cfg for job in to_do])
-        for job in to_do:
+        for job in jobs:
             if has_record(job.run):
                 config = OmegaConf.to_container(job.cfg, resolve=True)
                 resume.refuse_changes(Record.read(job.run).facts, config, job.run)
