@@ -342,9 +342,13 @@ class StepCheckpoints(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save after the validation, or when the steps are due."""
         due = trainer.global_step - self.saved_step >= self.every_n_steps
-        every = trainer.check_val_every_n_epoch or 1
-        if due or (trainer.current_epoch + 1) % every == 0:
+        if due or validates_this_epoch(trainer):
             self.save(trainer)
+
+
+def validates_this_epoch(trainer: L.Trainer) -> bool:
+    """Whether the epoch in progress is one of those with a validation."""
+    return (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
 
 
 def may_save_here(trainer: L.Trainer, batch_idx: int) -> bool:
@@ -353,8 +357,7 @@ def may_save_here(trainer: L.Trainer, batch_idx: int) -> bool:
     Not in the middle of an accumulation, nor where a validation or the epoch's end is still due.
     """
     batches = batch_idx + 1
-    every = trainer.check_val_every_n_epoch or 1
-    due = (trainer.current_epoch + 1) % every == 0 and batches % (trainer.val_check_batch or 1) == 0
+    due = validates_this_epoch(trainer) and batches % (trainer.val_check_batch or 1) == 0
     last = batches >= trainer.num_training_batches or trainer.should_stop
     return not (due or last) and batches % trainer.accumulate_grad_batches == 0
 
@@ -441,8 +444,7 @@ class StopSignals(Callback):
         if not self._asked():
             return
         last = trainer.should_stop or batch_idx + 1 >= trainer.num_training_batches
-        every = trainer.check_val_every_n_epoch or 1
-        validation_due = last and (trainer.should_stop or (trainer.current_epoch + 1) % every == 0)
+        validation_due = last and (trainer.should_stop or validates_this_epoch(trainer))
         if may_save_here(trainer, batch_idx):
             self._save(trainer)
         elif self.steps and not validation_due:

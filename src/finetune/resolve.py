@@ -44,14 +44,15 @@ def model_facts(cfg: DictConfig, model: Classifier) -> ModelFacts:
         kind=kind_of(model.backbone.net),
         pretrained="weights" not in cfg.model or cfg.model.weights is not None,
         num_parameters=model.backbone.num_parameters,
-        linear_head=_class_name(cfg.head) == "linear",
-        probe=_class_name(cfg.strategy) == "linearprobe",
-        optimizer=_class_name(cfg.optimizer),
+        linear_head=class_name(cfg.head) == "linear",
+        probe=class_name(cfg.strategy) == "linearprobe",
+        optimizer=class_name(cfg.optimizer),
         sharded=is_sharded(cfg),
     )
 
 
-def _class_name(node: DictConfig) -> str | None:
+def class_name(node: DictConfig) -> str | None:
+    """What a node calls, without its modules and in lower case; None if that is open."""
     target = node.get("_target_")
     return target and str(target).rsplit(".", 1)[-1].lower()
 

@@ -84,12 +84,12 @@ def refuse_another_past(
         name
         for name, was, would_be in (
             (
-                f"schedule={target_name(cfg.schedule)}",
+                f"schedule={resolve.class_name(cfg.schedule)}",
                 [task.schedule(i, before.total_steps) for i in range(step)],
                 [task.schedule(i, budget.total_steps) for i in range(step)],
             ),
             (
-                f"strategy={target_name(cfg.strategy)}",
+                f"strategy={resolve.class_name(cfg.strategy)}",
                 scales(strategy, task.model.depth, done_epochs),
                 scales(task.strategy_, task.model.depth, done_epochs),
             ),
@@ -107,11 +107,6 @@ def refuse_another_past(
         cfg.epochs, epochs, budget.total_steps, before.total_steps, budget.validate_every,
         before.validate_every,
     )  # fmt: skip
-
-
-def target_name(node: DictConfig) -> str:
-    """The last part of what a node calls, in lower case."""
-    return str(node._target_).rsplit(".", 1)[-1].lower()
 
 
 def refuse_other_data(recorded: Mapping[str, Any], now: Mapping[str, Any], run: Path) -> None:
