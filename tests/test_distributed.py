@@ -225,7 +225,7 @@ def test_a_mistake_that_only_the_ranks_find_is_one_message(tmp_path):
 
 # Lightning starts FSDP on GPUs alone; torch shards on the CPU as well
 SHARDED = """
-import os
+import os, time
 from pathlib import Path
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
@@ -245,7 +245,10 @@ def lose_power(self, trainer, task, optimizer):
 
 def run(name, *more):
     cfg = composed(*SMALL, *how, "trainer=ddp_cpu", *more)
-    fit(cfg, Path(name), [], "tiny", int(os.environ["RANK"]))
+    rank = int(os.environ["RANK"])
+    if name == "ddp0" and rank == 0:
+        time.sleep(8)  # the other is there before the directory is made
+    fit(cfg, Path(name), [], "tiny", rank)
 
 StrategyRegistry.register("fsdp_on_cpu", OnCPU)
 for number, how in enumerate(HOWS):

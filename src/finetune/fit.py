@@ -222,8 +222,8 @@ def train_and_test(
         facts["epochs_grown"] = grown or record.facts.get("epochs_grown", False)
         facts |= {"status": "running", "error": None, "process": this_process()}
         record.update(config=config, recipe=resolve.told(parts.choices), **facts)
+        check_space(cfg, run, parts)  # others may be here before the directory is made
 
-    check_space(cfg, run, parts)
     if resume_from is None:
         start_head(parts, trainer.strategy.root_device)
         if record:
