@@ -75,6 +75,14 @@ def test_textbook_is_the_plainest():
     assert not off & values.keys()
 
 
+def test_hardware_decides_precision_and_memory_order():
+    assert chosen(recipes.auto, replace(PHOTOS, bf16=True))["trainer.precision"] == "bf16-mixed"
+    assert chosen(recipes.textbook, replace(PHOTOS, bf16=True))["trainer.precision"] == "32-true"
+    small = replace(RESNET, num_parameters=300_000)
+    for model in (RESNET, VIT, small, replace(RESNET, sharded=True), replace(RESNET, on_mps=True)):
+        assert chosen(recipes.none, PHOTOS, model)["channels_last"] == (model is RESNET)
+
+
 def test_auto_trains_longer_on_more_images():
     steps = [recipes.auto_steps(n) for n in (10, 300, 1020, 3000, 19_999, 20_000, 500_000)]
     assert steps == sorted(steps)

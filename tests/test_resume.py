@@ -84,6 +84,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bytes(command, tmp_pat
          "trainer.gradient_clip_val=0.5", "trainer.precision=bf16-mixed"),
         ("checkpoint.every_n_steps=3", "head.init=ridge", "head.dropout=0.2"),
         ("checkpoint.every_n_steps=3", "recipe=auto"),
+        ("checkpoint.every_n_steps=3", "channels_last=true", "ema=0.9", "l2_sp=0.1"),
         ("checkpoint.every_n_steps=1", "trainer.val_check_interval=2"),
     ],
     ids=" ".join,

@@ -1,5 +1,6 @@
 """From config to objects: the only caller of hydra's instantiate."""
 
+import inspect
 import logging
 import math
 import os
@@ -41,6 +42,7 @@ from finetune.tasks.base import Task
 log = logging.getLogger(__name__)
 
 SKIPPED_BY_TRACE = 20  # steps: buffers are allocated and kernels chosen in the first
+EVALUATED_PER_TRAINED = 4  # images at once: without a backward pass nothing is kept for it
 MOST_VALIDATIONS, LEAST_VALIDATIONS = 25, 5
 
 
@@ -137,6 +139,15 @@ def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
     return Classifier(backbone, classes, make(cfg.head)(backbone, classes))
 
 
+def use_device(cfg: DictConfig, model: Classifier) -> None:
+    """Lay a model out as its device computes fastest. cfg: filled."""
+    if cfg.get("channels_last"):
+        model.to(memory_format=torch.channels_last)
+    if cfg.get("compile"):
+        # by shape: what a resume compiles first must not decide what all shapes are computed by
+        model.compile(dynamic=False)
+
+
 def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:
     """The backbone of model=. weights: whether to read or download those that are asked for."""
     node = OmegaConf.to_container(cfg.model, resolve=True)
@@ -159,6 +170,7 @@ def build_datamodule(
         train_transform=make(cfg.augment)(model.input_spec),
         eval_transform=transforms.evaluation(model.input_spec),
         batch_size=cfg.batch_size,
+        eval_batch_size=cfg.batch_size * (EVALUATED_PER_TRAINED if on_gpu(cfg) else 1),
         num_workers=choose_workers(cfg, splits),
         seed=cfg.seed,
         balanced=cfg.data.get("balance") == "sampler",
@@ -260,7 +272,7 @@ def build_task(
     task: Task = make(cfg.task)(
         model=model,
         strategy=build_strategy(cfg, model.depth, budget.epochs_begun),
-        optimizer=make(cfg.optimizer),
+        optimizer=build_optimizer(cfg),
         schedule=make(cfg.schedule),
         weight_decay=cfg.optimizer.weight_decay,
         epochs=budget.epochs_begun,
@@ -272,6 +284,22 @@ def build_task(
         l2_sp=cfg.l2_sp,
     )
     return task
+
+
+def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
+    """To be called with parameter groups; on a GPU in one kernel, where there is one."""
+    optimizer: Callable[..., torch.optim.Optimizer] = make(cfg.optimizer)
+    known = inspect.signature(optimizer).parameters
+    decided = cfg.optimizer.get("fused") is not None or cfg.optimizer.get("foreach") is not None
+    # with 16-mixed Lightning cannot clip what it does not unscale itself
+    if (
+        not on_gpu(cfg)
+        or decided
+        or "fused" not in known
+        or str(cfg.trainer.precision) == "16-mixed"
+    ):
+        return optimizer
+    return partial(optimizer, fused=True)
 
 
 def build_loggers(cfg: DictConfig, run: Path, resumed_at: int | None) -> list[Logger]:
@@ -287,6 +315,8 @@ def build_trainer(
     if sys.stdout.isatty():  # elsewhere a line per validation tells how it goes
         callbacks = [*callbacks, RichProgressBar(leave=False)]
     make_trainer: Callable[..., L.Trainer] = make(cfg.trainer)
+    if on_gpu(cfg):
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
     interval = cfg.trainer.get("val_check_interval")
     if interval and interval > budget.batches_per_epoch:
         log.warning(

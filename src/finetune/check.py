@@ -297,6 +297,8 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("features.cache", False, lambda v: v in ("auto", "none"), "auto or none"),
     ("features.views", True, _whole(1), "a whole number of views of each image from 1, or null"),
     ("features.dir", True, lambda v: isinstance(v, str), "a folder, or null"),
+    ("channels_last", True, lambda v: isinstance(v, bool), "true or false, or null"),
+    ("compile", False, lambda v: isinstance(v, bool), "true or false"),
     ("deterministic", False, lambda v: isinstance(v, bool), "true or false"),
     ("checkpoint.every_n_steps", False, _whole(1), "a whole number from 1"),
     ("mixup", True, FROM_0, "a number from 0, or null"),
@@ -519,6 +521,13 @@ def on_gpu(cfg: DictConfig) -> bool:
     """Whether trainer.accelerator means GPUs on this machine."""
     accelerator = cfg.trainer.get("accelerator", "auto")
     return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+
+
+def on_mps(cfg: DictConfig) -> bool:
+    """Whether it means a GPU of Apple."""
+    accelerator = cfg.trainer.get("accelerator", "auto")
+    mps = torch.backends.mps.is_available() and not torch.cuda.is_available()
+    return accelerator == "mps" or (accelerator == "auto" and mps)
 
 
 def normal_devices(devices: Any) -> int | list[int] | Literal["auto"] | None:

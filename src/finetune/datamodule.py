@@ -92,8 +92,9 @@ def leave_group(worker: int) -> None:
 
 
 class DataModule(L.LightningDataModule):
-    """Splits to batches. batch_size: per device. num_workers: processes that read images.
+    """Splits to batches.
 
+    batch_size: per device. eval_batch_size: of val and test. num_workers: processes that read.
     balanced: training draws every class equally often, and rare images more than once an epoch.
     features: what stands in for images while the backbone is frozen; a batch then holds float
     (B, D) in their place.
@@ -109,6 +110,7 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
         balanced: bool = False,
         features: Features | None = None,
+        eval_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.features = features
@@ -116,6 +118,7 @@ class DataModule(L.LightningDataModule):
         self.splits, self.balanced = splits, balanced
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.seed = batch_size, seed
+        self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
 
     @property
@@ -192,7 +195,7 @@ class DataModule(L.LightningDataModule):
         assert self.trainer is not None
         ranks = self.trainer.global_rank, self.trainer.world_size
         limited = getattr(self.trainer, f"limit_{name}_batches") != 1.0  # to some of this size
-        size = self.batch_size if limited else EVALUATED_AT_ONCE
+        size = self.eval_batch_size if limited else EVALUATED_AT_ONCE
         batches = EpochBatches(len(images), size, 0, False, *ranks)
         features = partial(self._evaluated_features, name, images)
         return FeatureLoader(loader, batches, labels_of(images), features)
@@ -278,7 +281,7 @@ class DataModule(L.LightningDataModule):
     ) -> EpochBatches:
         return EpochBatches(
             len(images),
-            self.batch_size,
+            self.batch_size if shuffle else self.eval_batch_size,
             self.seed,
             shuffle,
             rank,

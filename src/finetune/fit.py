@@ -157,6 +157,12 @@ def failure_of(error: BaseException, cfg: DictConfig, run: Path) -> BaseExceptio
             f"{error.filename or run}: {error.strerror}. What was written before stays; make room, "
             f"then go on: python train.py {to_type('resume', shown_path(run))}"
         )
+    if cfg.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).strip().splitlines()[0]
+        return TrainingError(
+            f"compile=true: torch cannot compile this network here: {reason}. Leave it out: "
+            "compile=false"
+        )
     # torch has no class of its own for it on a CPU
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if not (out_of_memory or "DefaultCPUAllocator" in str(error)):
@@ -301,6 +307,7 @@ def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
     for choice in choices:
         log.info("recipe: %s=%s (%s)", choice.key, choice.value, choice.why)
     choices += resolve.fill(cfg, none(data, facts))  # what it leaves open
+    build.use_device(cfg, model)
     budget = build.build_budget(cfg, len(splits.train), len(splits.val or ()))
     task = build.build_task(cfg, model, budget, splits.train)
     if cfg.data.get("balance") is None and not task.multilabel:

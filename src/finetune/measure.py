@@ -38,6 +38,7 @@ def measure(
     if is_sharded(cfg):
         cfg.trainer.strategy = "ddp"  # without a backward pass there is nothing to save by parts
     cfg.trainer.profiler = cfg.trainer.val_check_interval = None  # those are of the training
+    build.use_device(cfg, model)
     budget = build.build_budget(cfg, len(splits.train))
     task = build.build_task(cfg, model, budget)  # unbalanced: only training is balanced
     datamodule = build.build_datamodule(cfg, splits, model, task)

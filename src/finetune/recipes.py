@@ -18,7 +18,7 @@ class DataFacts:
 
     num_images: for training. image_area: median of H * W, in pixels. batch: images per forward
     pass, all devices together. accumulate: batches per optimizer step; None is the recipe's choice.
-    single_label: one class per image, whose head can be solved for.
+    single_label: one class per image, whose head can be solved for. bf16: the device has it.
     """
 
     num_images: int
@@ -26,6 +26,7 @@ class DataFacts:
     batch: int
     accumulate: int | None = None
     single_label: bool = True
+    bf16: bool = False
 
     def epochs(self, steps: int, accumulate: int = 1) -> int:
         """Epochs that hold so many optimizer steps."""
@@ -37,7 +38,8 @@ class DataFacts:
 class ModelFacts:
     """The backbone, and what the user decided of it.
 
-    optimizer: class name in lower case. sharded: no device holds all of the weights.
+    optimizer: class name in lower case. sharded: no device holds all of the weights. on_mps: it
+    is trained on a GPU of Apple.
     """
 
     kind: Kind
@@ -47,6 +49,7 @@ class ModelFacts:
     linear_head: bool = True
     optimizer: str | None = None
     sharded: bool = False
+    on_mps: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,9 @@ def auto(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
                f"{'from' if many else 'only from'} {LARGE_DATA:,} images on: BiT-HyperRule"),
         Choice("trainer.gradient_clip_val", 1.0, "a step is never wild: big_vision, AutoGluon"),
     ]  # fmt: skip
+    if data.bf16:
+        why = "this GPU computes in it: half of the time and memory, with the range of 32 bits"
+        choices.append(Choice("trainer.precision", "bf16-mixed", why))
     if name == "small network":  # it learns a new head in a few steps: ridge and ema add nothing
         if data.single_label:
             choices.append(Choice("task.label_smoothing", 0.1, f"{name}: {row.source}, val"))
@@ -224,6 +230,7 @@ def none(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
         return []
     why = "plain"
     steps = 500
+    convolves = model.kind != "transformer" and model.num_parameters >= SMALL_NETWORK
     epochs = max(10, data.epochs(steps, data.accumulate or 1))
     return [
         Choice("optimizer", "sgd", why),
@@ -234,6 +241,9 @@ def none(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
         Choice("strategy", "full", why),
         Choice("augment", "light", why),
         Choice("trainer.accumulate_grad_batches", 1, why),
+        Choice("trainer.precision", "32-true", why),
+        Choice("channels_last", convolves and not (model.sharded or model.on_mps),
+               "how convolutions compute fastest"),
         Choice("head.init", "random", why),
         Choice("epochs", epochs, f"10, or what {steps} steps need"),
-    ]
+    ]  # fmt: skip

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import recipes
 from finetune.backbones.base import kind_of
-from finetune.check import is_sharded
+from finetune.check import is_sharded, on_gpu, on_mps
 from finetune.data.base import Splits
 from finetune.model import Classifier
 from finetune.overrides import CONF
@@ -35,6 +36,7 @@ def data_facts(cfg: DictConfig, splits: Splits, num_devices: int) -> DataFacts:
         batch=cfg.batch_size * num_devices,
         accumulate=cfg.trainer.accumulate_grad_batches,
         single_label=train.num_classes is None,
+        bf16=on_gpu(cfg) and torch.cuda.is_bf16_supported(including_emulation=False),
     )
 
 
@@ -48,6 +50,7 @@ def model_facts(cfg: DictConfig, model: Classifier) -> ModelFacts:
         probe=class_name(cfg.strategy) == "linearprobe",
         optimizer=class_name(cfg.optimizer),
         sharded=is_sharded(cfg),
+        on_mps=on_mps(cfg),
     )
 
 

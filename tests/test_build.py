@@ -1,0 +1,79 @@
+"""How a model is laid out, stepped and evaluated on its device."""
+
+import shutil
+
+import pytest
+import torch
+
+from conftest import SMALL, assert_same_end, facts_of, plain
+from finetune import build, fit
+from finetune.callbacks import StepCheckpoints
+from finetune.errors import TrainingError
+
+RUN = (*SMALL, "checkpoint.every_n_steps=3", "logger=csv")
+
+
+def test_weights_are_laid_out_as_asked():
+    for asked in (True, False):
+        model = build.build_model(plain(*SMALL), ("a", "b"))
+        build.use_device(plain(*SMALL, f"channels_last={asked}"), model)
+        kernel = next(p for p in model.backbone.parameters() if p.ndim == 4 and p.shape[1] > 1)
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == asked
+
+
+@pytest.mark.parametrize(
+    ("said", "fused"),
+    [
+        ((), True),
+        (("optimizer=adamw",), True),
+        (("optimizer=sgd", "+optimizer.foreach=true"), False),
+        (("optimizer=sgd", "+optimizer.fused=false"), False),
+        (("trainer.precision=16-mixed",), False),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_the_optimizer_steps_in_one_kernel_unless_told_otherwise(monkeypatch, said, fused):
+    cfg = plain(*SMALL, *said)
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    assert not build.build_optimizer(cfg)(weights).defaults["fused"]
+    monkeypatch.setattr(build, "on_gpu", lambda cfg: True)
+    assert bool(build.build_optimizer(cfg)(weights).defaults["fused"]) == fused
+
+
+def test_on_a_gpu_evaluation_takes_larger_batches(monkeypatch):
+    cfg = plain(*SMALL)
+    splits = build.build_splits(cfg)
+    model = build.build_model(cfg, splits.classes)
+    assert build.build_datamodule(cfg, splits, model).eval_batch_size == 4
+    monkeypatch.setattr(build, "on_gpu", lambda cfg: True)
+    datamodule = build.build_datamodule(cfg, splits, model)
+    assert (datamodule.batch_size, datamodule.eval_batch_size) == (4, 16)
+
+
+def test_what_cannot_be_compiled_is_told(tmp_path):
+    error = torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ here"), None)
+    told = fit.failure_of(error, plain(*SMALL, "compile=true"), tmp_path)
+    assert isinstance(told, TrainingError)
+    assert "compile=false" in str(told)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_run_that_crashed_ends_with_the_same_bytes(command, tmp_path, monkeypatch):
+    assert command("train", *RUN, "compile=true", "hydra.run.dir=whole").code == 0
+    plain_run = command("train", *RUN, "hydra.run.dir=plain")
+    assert plain_run.code == 0
+    with monkeypatch.context() as patch:
+
+        def lose(self, trainer, task, optimizer):
+            if trainer.global_step == 7:
+                raise RuntimeError("the power is gone")
+
+        patch.setattr(StepCheckpoints, "on_before_optimizer_step", lose, raising=False)
+        assert command("train", *RUN, "compile=true", "hydra.run.dir=run").code == 1
+    refused = command("train", "resume=run", "compile=false")
+    assert "compile: the run has true" in refused.err
+    assert command("train", "resume=run").code == 0
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    losses = [facts_of(tmp_path / name)["val"]["val/loss"] for name in ("whole", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
