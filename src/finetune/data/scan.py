@@ -9,6 +9,7 @@ overwritten in place, which leaves its folder's time as it was, is seen with res
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -28,7 +29,7 @@ from finetune.data.path_list import UNASKED, Names, Paths, inside, size_and_time
 from finetune.data.paths import printable
 from finetune.data.read import IMAGE_SUFFIXES, LARGE, BadImage, check_image
 from finetune.errors import DataError
-from finetune.files import cache_folder, write_whole
+from finetune.files import cache_folder, remove_oldest, write_whole
 from finetune.machine import usable_cores
 
 try:
@@ -48,6 +49,7 @@ _FILE = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "<u8", 2), ("sta
 _UNKNOWN, _GOOD, _GOOD_BUT_LARGE = range(3)
 # of a folder, in the cache as they are; its names and files stand beside
 _STORED = ("changed_at", "inode", "folders", "others", "hidden", "metadata", "stuck")
+_MOST_ON_DISK = 1e9  # bytes of all caches: some 20 million files
 _TICK = 2_000_000_000  # ns: two changes within it may leave the same time behind (FAT: 2 s)
 _AT_ONCE = 64  # files that a thread takes
 _ANNOUNCED = 5_000  # files whose scan is announced
@@ -327,6 +329,8 @@ class Scan(AbstractContextManager["Scan"]):
                 part, known = names.part(at, at + count), files[at : at + count]
                 found[key] = Folder(key, device=0, names=part, files=known, **facts)
                 at += count
+            with suppress(OSError):  # it is another user's
+                os.utime(self.cache)  # read now: the last to go
             return found, float(header["written_at"])
         except (FileNotFoundError, NotADirectoryError):
             return {}, 0
@@ -361,6 +365,13 @@ class Scan(AbstractContextManager["Scan"]):
         }
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.cache, lambda file: np.savez(file, **arrays))
+        remove_oldest(_caches(self.cache.parent), _MOST_ON_DISK, newest=self.cache)
+
+
+def _caches(folder: Path) -> list[Path]:
+    """Of all scans, and what is left of those whose writing was cut off."""
+    ours = re.compile(r"[0-9a-f]{20}\.npz(\.\d+\.part)?")
+    return [path for path in folder.iterdir() if ours.fullmatch(path.name)]
 
 
 def _list(folder: Folder) -> None:
