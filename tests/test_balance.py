@@ -63,7 +63,8 @@ def test_ranks_and_a_resume_see_the_same_balanced_draws():
         for rank in range(2)
     ]
     assert [set(batch) for batch in whole] == [{*a, *b} for a, b in zip(*two, strict=True)]
-    assert [position for batch in whole for _, position, _ in batch] == balanced_order(LABELS, 5, 3)
+    drawn = [position for batch in whole for _, position, _ in batch]
+    assert drawn == [*balanced_order(LABELS, 5, 3)]
 
 
 def test_an_image_that_is_drawn_twice_in_an_epoch_is_augmented_anew():
@@ -173,4 +174,4 @@ def test_a_balanced_run_draws_classes_equally_in_training_alone():
     )
     assert Counter(uneven.labels) == {0: 6, 1: 6, 2: 1}
     assert sorted(Counter(drawn).values()) == [4, 4, 5]
-    assert tuple(val) == splits.val.labels
+    assert val == [*splits.val.labels]

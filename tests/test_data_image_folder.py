@@ -220,3 +220,13 @@ def test_folders_beside_the_splits_are_named(tree, caplog):
     root = tree("train/a/1.png", "train/b/1.png", "test/a/2.png", "test/b/2.png", "dev/a/3.png")
     assert image_folder(root).val is None
     assert "left out the folders 'dev', which are neither train, val nor test" in caplog.text
+
+
+def test_images_at_any_depth_are_in_the_order_of_their_paths(tree):
+    # a cut by seed goes by the order, and a folder's images do not all stand together in it
+    names = ["a/1.png", "a-1.png", "a0.png", "a/b/1.png", "a/b-1.png", "a.b.png"]
+    paths = sorted(f"train/{name}/{file}" for name in ("cat", "dog") for file in names)
+    root = tree(*reversed(paths))
+    train = image_folder(root).train
+    assert [str(path) for path in train.images.paths] == [f"{root}/{path}" for path in paths]
+    assert [*train.labels] == [0] * 6 + [1] * 6

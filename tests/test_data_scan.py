@@ -291,6 +291,29 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_only_costs_time(
     assert "cannot be written (Not a directory): the next start will look at all" in caplog.text
 
 
+def test_the_caches_of_data_that_were_not_scanned_for_longest_make_room(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/scans"
+
+    def scan(name):
+        sound(tmp_path / name)
+        image_folder(str(tmp_path / name))
+        return [path for path in folder.iterdir() if path.name.count(".npz")]
+
+    (first,) = scan("first")
+    (second,) = {*scan("second")} - {first}
+    part = folder / f"{'0' * 20}.npz.1.part"  # of a process that was killed
+    put(part, bytes(10))
+    put(folder / "mine.npz", bytes(10))
+    for path, hours in ((first, 3), (second, 2), (part, 4)):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 3600 * hours))
+    scan("first")  # now the last to go
+    monkeypatch.setattr(scan_module, "_MOST_ON_DISK", 2.5 * first.stat().st_size)
+    assert {*scan("third")} > {first, folder / "mine.npz"}
+    assert not second.exists()
+    assert not part.exists()
+
+
 def test_the_cache_lies_among_those_of_the_user_or_where_it_is_told(monkeypatch, tmp_path):
     monkeypatch.delenv("FINETUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

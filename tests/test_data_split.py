@@ -19,6 +19,7 @@ from finetune.data.split import (
     limit_train,
     listed,
     select_classes,
+    stratified,
 )
 from finetune.errors import ConfigError, DataError
 
@@ -106,9 +107,9 @@ def test_chosen_classes_are_kept_in_every_split_with_the_order_of_the_dataset():
     before = splits([0, 1, 2, 3, 1], val=[3, 0, 2], test=[2, 2, 0], classes=("a", "b", "7", "d"))
     after = select_classes(before, ["d", 7, "b"])  # as YAML reads a class that is named 7
     assert after.classes == ("b", "7", "d")
-    assert (after.train.indices, after.train.labels) == ((1, 2, 3, 4), (0, 1, 2, 0))
-    assert (after.val.indices, after.val.labels) == ((0, 2), (2, 1))
-    assert (after.test.indices, after.test.labels) == ((0, 1), (1, 1))
+    assert ([*after.train.indices], [*after.train.labels]) == ([1, 2, 3, 4], [0, 1, 2, 0])
+    assert ([*after.val.indices], [*after.val.labels]) == ([0, 2], [2, 1])
+    assert ([*after.test.indices], [*after.test.labels]) == ([0, 1], [1, 1])
     assert select_classes(before, None) is before
     assert select_classes(splits([0, 1, 2]), ["a", "b"]).test is None
 
@@ -137,7 +138,7 @@ def test_an_image_is_in_the_same_split_whichever_classes_are_chosen(tmp_path):
     for name in ("train", "val", "test"):
         whole, part = getattr(everything, name), getattr(chosen, name)
         pairs = zip(whole.indices, whole.labels, strict=True)
-        assert part.indices == tuple(index for index, label in pairs if label in (1, 2))
+        assert [*part.indices] == [index for index, label in pairs if label in (1, 2)]
 
 
 def test_shots_are_counted_per_class_in_train_only():
@@ -229,3 +230,12 @@ def test_long_lists_are_cut():
 def test_too_few_images_to_cut_are_refused_with_what_to_do():
     with pytest.raises(DataError, match=r"4 images of 2 classes cannot be cut.*Add images"):
         cut_splits(LabelledImages.of(range(4), [0, 0, 1, 1]), ("a", "b"), seed=0)
+
+
+def test_the_same_share_of_each_class_is_chosen_as_one_by_one():
+    positions = {label: [p for p, k in enumerate(UNEVEN) if k == label] for label in range(4)}
+    shares = []
+    for label, found in positions.items():
+        order = np.random.RandomState([3, label]).permutation(len(found))
+        shares += [(i / len(found), found[place]) for i, place in enumerate(order)]
+    assert stratified(UNEVEN, 20, 3) == sorted(position for _, position in sorted(shares)[:20])

@@ -87,3 +87,12 @@ def test_where_to_start_is_asked_when_the_first_batch_is_drawn():
 
 def test_evaluation_is_in_order():
     assert list(EpochBatches(5, 2)) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]
+
+
+def test_an_order_stays_the_same_for_good():
+    # torch.randperm by the seed stable_hash("order", 5, 2): what a run of before resumes with
+    generator = torch.Generator().manual_seed(stable_hash("order", 5, 2))
+    order = [(2, p) for p in torch.randperm(11, generator=generator).tolist()]
+    batches = EpochBatches(11, 4, 5, shuffle=True, where=lambda: (2, 0))
+    assert [where for batch in batches for where in batch] == order
+    assert [*epoch_order(8, seed=5, epoch=2)] == [0, 5, 4, 6, 2, 1, 7, 3]

@@ -21,7 +21,7 @@ from finetune import averaging, checkpoint
 from finetune.data.base import LabelledImages
 from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
-from finetune.files import cache_folder, readable
+from finetune.files import cache_folder, readable, remove_oldest
 from finetune.machine import total_memory
 from finetune.model import Classifier
 from finetune.strategies import Strategy
@@ -378,13 +378,7 @@ def make_room(newest: Path, most: float = MOST_ON_DISK) -> None:
     """Remove the files that were not read for longest until the others take at most so much."""
     # whatever else lies in a folder that was named stays
     ours = (p for p in newest.parent.glob("*.pt") if re.fullmatch(r"[0-9a-f]{32}", p.stem))
-    files = {path: path.stat() for path in ours}
-    total = sum(status.st_size for status in files.values())
-    for path in sorted(files, key=lambda path: files[path].st_mtime):
-        if total <= most or path == newest:
-            continue
-        path.unlink(missing_ok=True)
-        total -= files[path].st_size
+    remove_oldest(ours, most, newest)
 
 
 def default_folder() -> Path:

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +58,24 @@ def sweep_parts(folder: Path) -> None:
     for part in folder.glob("*.part"):
         if re.fullmatch(r".+\.\d+\.part", part.name) and part.is_file():
             part.unlink(missing_ok=True)
+
+
+def remove_oldest(files: Iterable[Path], most: float, newest: Path) -> None:
+    """Remove those that were not read for longest until the others take at most so many bytes.
+
+    Whoever reads one sets its time of change. newest: stays, whatever it takes.
+    """
+    status = {}
+    for path in files:
+        with suppress(FileNotFoundError):  # another process does the same
+            status[path] = path.stat()
+    total = sum(found.st_size for found in status.values())
+    for path in sorted(status, key=lambda path: status[path].st_mtime):
+        if total <= most or path == newest:
+            continue
+        with suppress(PermissionError):  # it is another user's
+            path.unlink(missing_ok=True)
+            total -= status[path].st_size
 
 
 def readable(num_bytes: float) -> str:

@@ -2,14 +2,17 @@
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.data.path_list import MISSING, Paths, inside
 from finetune.data.read import MAX_PIXELS, read_image
 
 
@@ -23,12 +26,12 @@ class Images(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class ImageFiles:
     """Images as files, decoded when they are asked for."""
 
-    paths: Sequence[Path]
-    max_pixels: int = MAX_PIXELS
+    def __init__(self, paths: Iterable[Path | str], max_pixels: int = MAX_PIXELS) -> None:
+        self.paths = paths if isinstance(paths, Paths) else Paths.of(paths)
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -36,17 +39,17 @@ class ImageFiles:
     def __getitem__(self, index: int) -> Tensor:
         return read_image(self.paths[index], self.max_pixels)
 
-    def fingerprint(self, indices: Iterable[int]) -> str:
+    def fingerprint(self, indices: Sequence[int]) -> str:
         """Digest of the path, size and time of change of these files, in this order."""
         found = hashlib.blake2b(digest_size=16)
-        for index in indices:
-            path = os.path.abspath(self.paths[index])  # noqa: PTH100  pathlib takes ten times as long
-            try:
-                status = os.stat(path)  # noqa: PTH116  likewise
-                facts = f"{status.st_size} {status.st_mtime_ns}"
-            except OSError:  # told by name when it is read
-                facts = "missing"
-            found.update(os.fsencode(path) + f"\0{facts}\n".encode())
+
+        def absolute(folder: str) -> str:
+            return inside(os.path.abspath(folder))  # noqa: PTH100  pathlib leaves a .. in it
+
+        for path, size, time in self.paths.status(indices, absolute):
+            # what is missing is told by name when it is read
+            facts = b"missing" if size == MISSING else b"%d %d" % (size, time)
+            found.update(path + b"\0" + facts + b"\n")
         return found.hexdigest()
 
 
@@ -77,12 +80,13 @@ Label = int | tuple[int, ...]  # of an image: its class; or, multi-label, any nu
 class LabelledImages:
     """One split. indices choose among images; labels belong to the chosen ones, in order.
 
-    num_classes: K where an image has any number of labels, a tuple; None where it has one.
+    num_classes: K where an image has any number of labels, a tuple; None where it has one. Both
+    sequences are arrays where they are long: 8 bytes a number.
     """
 
     images: Images
-    indices: tuple[int, ...]
-    labels: tuple[Label, ...]
+    indices: Sequence[int]
+    labels: Sequence[Label]
     num_classes: int | None = None
 
     @classmethod
@@ -90,8 +94,8 @@ class LabelledImages:
         cls, images: Images, labels: Sequence[Label], num_classes: int | None = None
     ) -> "LabelledImages":
         """All images, with their labels."""
-        plain = (label if isinstance(label, tuple) else int(label) for label in labels)
-        return cls(images, tuple(range(len(images))), tuple(plain), num_classes)
+        indices = array("q", range(len(images)))
+        return cls(images, indices, _packed(labels, num_classes), num_classes)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -113,13 +117,13 @@ class LabelledImages:
         of = getattr(self.images, "fingerprint", None)
         return None if of is None else str(of(self.indices))
 
-    def strata(self) -> list[int]:
+    def strata(self) -> Sequence[int]:
         """One class per image to cut by: its label; of several, the rarest here; K if it has none.
 
         Of equally rare ones it is the first.
         """
         if self.num_classes is None:
-            return [label for label in self.labels if isinstance(label, int)]
+            return cast(Sequence[int], self.labels)
         counts = [*label_counts(self.labels, self.num_classes), len(self) + 1]
         none = (self.num_classes,)
         return [min(labels_of(label) or none, key=lambda k: counts[k]) for label in self.labels]
@@ -128,8 +132,8 @@ class LabelledImages:
         """The images at these positions, in this order."""
         return replace(
             self,
-            indices=tuple(self.indices[p] for p in positions),
-            labels=tuple(self.labels[p] for p in positions),
+            indices=array("q", map(self.indices.__getitem__, positions)),
+            labels=_packed(map(self.labels.__getitem__, positions), self.num_classes),
         )
 
 
@@ -155,8 +159,10 @@ def labels_of(label: Label) -> tuple[int, ...]:
 
 def label_counts(labels: Sequence[Label], num_classes: int) -> list[int]:
     """Images per class, (K,)."""
-    flat = [k for label in labels for k in labels_of(label)]
-    return torch.bincount(torch.tensor(flat, dtype=torch.long), minlength=num_classes).tolist()
+    single = isinstance(labels, array)
+    flat = labels if single else [k for label in labels for k in labels_of(label)]
+    counts: list[int] = np.bincount(np.asarray(flat, np.int64), minlength=num_classes).tolist()
+    return counts
 
 
 def target_matrix(labels: Sequence[Label], num_classes: int) -> Tensor:
@@ -165,3 +171,10 @@ def target_matrix(labels: Sequence[Label], num_classes: int) -> Tensor:
     for row, label in zip(matrix, labels, strict=True):
         row[list(labels_of(label))] = 1
     return matrix
+
+
+def _packed(labels: Iterable[Label], num_classes: int | None) -> Sequence[Label]:
+    """The same, one label each in 8 bytes."""
+    if num_classes is not None:
+        return tuple(labels)
+    return array("q", map(int, cast(Iterable[int], labels)))

@@ -18,7 +18,7 @@ from finetune.errors import DataError
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Row:
     line: int
     typed: str
@@ -118,7 +118,7 @@ def _splits(
                 f"image of {listed(sorted(emptied))}, since none can be read, such as "
                 f"{bad[example]}"
             )
-        images = ImageFiles([Path(row.path) for row in kept], max_pixels)
+        images = ImageFiles((row.path for row in kept), max_pixels)
         if not several:
             return LabelledImages.of(images, [index[row.labels[0]] for row in kept])
         labels = [tuple(index[label] for label in row.labels) for row in kept]

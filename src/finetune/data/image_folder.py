@@ -1,12 +1,14 @@
 """Images in folders, one per class, with or without folders for the splits above them."""
 
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.base import ImageFiles, LabelledImages, Splits
+from finetune.data.path_list import Paths
 from finetune.data.paths import existing_folder, printable, text_of
 from finetune.data.read import IMAGE_SUFFIXES, MAX_PIXELS, BadImage
 from finetune.data.scan import SKIP, BadData, Folder, OnBad, Problem, Scan, problems_of, skipped
@@ -62,9 +64,26 @@ def image_folder(
         splits = Splits(classes, labelled["train"], labelled.get("val"), labelled.get("test"))
     else:
         splits = cut_splits(labelled[""], classes, split_seed)
-    # as the images call themselves: without the ./ of data.root=.
-    doubles = tuple(tuple(str(Path(path)) for path in group) for group in doubles)
     return replace(splits, skipped=left_out, doubles=doubles)
+
+
+@dataclass(frozen=True)
+class _Class:
+    """The folders of a class, and paths below it that bear an image's name but are none."""
+
+    folders: list[Folder]
+    misnamed: list[str]
+
+    def paths(self) -> Paths:
+        """Of the images, sorted."""
+        paths = Paths.joined([folder.images() for folder in self.folders])
+        if len(self.folders) == 1:
+            return paths
+        texts = [*paths.texts()]
+        return paths.take(sorted(range(len(texts)), key=texts.__getitem__))
+
+    def __bool__(self) -> bool:
+        return bool(self.misnamed) or any(folder.names for folder in self.folders)
 
 
 @dataclass(frozen=True)
@@ -73,23 +92,27 @@ class _Part:
 
     place: str
     classes: tuple[str, ...]
-    images: dict[str, list[str]]
+    images: dict[str, _Class]
 
     def labelled(self, bad: Mapping[str, BadImage], max_pixels: int) -> LabelledImages:
         """Those that are not bad. DataError if that leaves a class without any."""
-        paths, labels, emptied = [], [], []
+        paths, labels, emptied = [], array("q"), []
         for name, found in self.images.items():
-            kept = [path for path in found if path not in bad] if bad else found
+            kept = found.paths()
+            if bad:
+                kept = kept.take([i for i, path in enumerate(kept.texts()) if path not in bad])
             if not kept:
                 emptied.append(name)
-            paths += [Path(path) for path in kept]
-            labels += [self.classes.index(name)] * len(kept)
+            paths.append(kept)
+            labels += array("q", [self.classes.index(name)]) * len(kept)
         if emptied:
+            lost = self.images[emptied[0]]
+            example = bad[min([*lost.paths().texts(), *lost.misnamed])]
             raise DataError(
                 f"{self.place}: data.on_bad=skip would leave no image of {listed(emptied)}, since "
-                f"none can be read, such as {bad[self.images[emptied[0]][0]]}"
+                f"none can be read, such as {example}"
             )
-        return LabelledImages.of(ImageFiles(paths, max_pixels), labels)
+        return LabelledImages.of(ImageFiles(Paths.joined(paths), max_pixels), labels)
 
 
 class _Walk:
@@ -122,8 +145,8 @@ class _Walk:
             self._read[path] = found
         return self._read[path]
 
-    def images_below(self, path: str) -> list[str]:
-        """Paths of the images at any depth below a folder, sorted; also of the bad ones."""
+    def images_below(self, path: str) -> _Class:
+        """What bears an image's name, at any depth below a folder."""
         folder = self.folder(path)
         earlier = self._entered.setdefault(folder.identity, path)
         if earlier != path and folder.identity != (0, 0):
@@ -132,21 +155,23 @@ class _Walk:
                 f"{printable(path)} and {printable(earlier)} are the same folder "
                 "(a symbolic link): its images would count twice. Remove the link",
             )
-            return []
+            return _Class([], [])
         self.with_images.append(folder)
-        images = folder.below(folder.names)
+        found = _Class([folder], [])
         for file in folder.below(folder.metadata):
             why = "it is macOS metadata (AppleDouble), not the image; delete it"
             self.bad[file] = BadImage(Path(file), "macOS metadata", why)
-            images.append(file)
+            found.misnamed.append(file)
         for inner in folder.below(folder.folders):
             if Path(inner).suffix.lower() in IMAGE_SUFFIXES:
                 why = "it is a folder that bears the name of an image"
                 self.bad[inner] = BadImage(Path(inner), "folder with an image's name", why)
-                images.append(inner)
+                found.misnamed.append(inner)
             else:
-                images += self.images_below(inner)
-        return sorted(images)
+                below = self.images_below(inner)
+                found.folders.extend(below.folders)
+                found.misnamed.extend(below.misnamed)
+        return found
 
     def warn_of_left_out(self, root: Path) -> None:
         """Tell what lies there and is not read."""

@@ -1,9 +1,12 @@
 """Which image comes when: a pure function of (seed, epoch), so that no state needs saving."""
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 
@@ -13,27 +16,30 @@ def stable_hash(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def epoch_order(num_images: int, seed: int, epoch: int) -> list[int]:
+def epoch_order(num_images: int, seed: int, epoch: int) -> "array[int]":
     """A permutation of range(num_images)."""
     generator = torch.Generator().manual_seed(stable_hash("order", seed, epoch))
-    order: list[int] = torch.randperm(num_images, generator=generator).tolist()
-    return order
+    return _numbers(torch.randperm(num_images, generator=generator))
 
 
-def balanced_order(labels: Sequence[int], seed: int, epoch: int) -> list[int]:
+def balanced_order(labels: Sequence[int], seed: int, epoch: int) -> "array[int]":
     """As many positions as labels (N,), drawn with replacement, of every class equally many.
 
     The counts of two classes differ by one at most; within a class each image is as likely.
     """
     generator = torch.Generator().manual_seed(stable_hash("balanced", seed, epoch))
-    by_class = torch.argsort(torch.tensor(labels), stable=True)
-    _, counts = torch.tensor(labels).unique(return_counts=True)
+    classes = torch.from_numpy(np.array(labels))  # torch.tensor takes a second for a million
+    by_class = torch.argsort(classes, stable=True)
+    _, counts = classes.unique(return_counts=True)
     # the classes in turn, from one that is drawn; then shuffled
     turns = torch.randint(len(counts), (1,), generator=generator) + torch.arange(len(labels))
     drawn = (turns % len(counts))[torch.randperm(len(labels), generator=generator)]
     within = torch.rand(len(labels), generator=generator, dtype=torch.float64) * counts[drawn]
-    order: list[int] = by_class[(counts.cumsum(0) - counts)[drawn] + within.long()].tolist()
-    return order
+    return _numbers(by_class[(counts.cumsum(0) - counts)[drawn] + within.long()])
+
+
+def _numbers(tensor: Tensor) -> "array[int]":
+    return array("q", tensor.numpy().tobytes())  # a list would take five times as much
 
 
 def batch_bounds(num_images: int, global_batch: int, smallest: int) -> list[tuple[int, int]]:
@@ -73,23 +79,28 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
         self.bounds = batch_bounds(num_images, batch_size * world_size, smallest)
         self.num_images, self.seed, self.shuffle = num_images, seed, shuffle
         self.rank, self.world_size, self.where = rank, world_size, where
-        self.labels = labels
+        self.labels = labels if shuffle else None
 
     def __len__(self) -> int:
         return len(self.bounds)
 
-    def order(self, epoch: int) -> list[tuple[int, ...]]:
-        """What all ranks together draw in an epoch, in order."""
+    def order(self, epoch: int) -> Sequence[int]:
+        """Positions that all ranks together draw in an epoch, in order."""
         if not self.shuffle:
-            return [(epoch, position) for position in range(self.num_images)]
+            return range(self.num_images)
         if self.labels is None:
-            order = epoch_order(self.num_images, self.seed, epoch)
-            return [(epoch, position) for position in order]
-        balanced = balanced_order(self.labels, self.seed, epoch)
-        return [(epoch, position, place) for place, position in enumerate(balanced)]
+            return epoch_order(self.num_images, self.seed, epoch)
+        return balanced_order(self.labels, self.seed, epoch)
+
+    def drawn(self, epoch: int, order: Sequence[int], places: slice) -> list[tuple[int, ...]]:
+        """What stands at these places of an epoch's order, as a batch holds it."""
+        if self.labels is None:
+            return [(epoch, position) for position in order[places]]
+        numbered = zip(order[places], range(self.num_images)[places], strict=True)
+        return [(epoch, position, place) for position, place in numbered]
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         epoch, first = self.where()
         order = self.order(epoch)
         for start, stop in self.bounds[first:]:
-            yield order[start:stop][self.rank :: self.world_size]
+            yield self.drawn(epoch, order, slice(start + self.rank, stop, self.world_size))

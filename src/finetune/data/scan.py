@@ -9,6 +9,7 @@ overwritten in place, which leaves its folder's time as it was, is seen with res
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -24,10 +25,11 @@ import numpy as np
 import PIL
 import torchvision
 
+from finetune.data.path_list import UNASKED, Names, Paths, inside, size_and_time
 from finetune.data.paths import printable
 from finetune.data.read import IMAGE_SUFFIXES, LARGE, BadImage, check_image
 from finetune.errors import DataError
-from finetune.files import cache_folder, write_whole
+from finetune.files import cache_folder, remove_oldest, write_whole
 from finetune.machine import usable_cores
 
 try:
@@ -47,6 +49,7 @@ _FILE = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("digest", "<u8", 2), ("sta
 _UNKNOWN, _GOOD, _GOOD_BUT_LARGE = range(3)
 # of a folder, in the cache as they are; its names and files stand beside
 _STORED = ("changed_at", "inode", "folders", "others", "hidden", "metadata", "stuck")
+_MOST_ON_DISK = 1e9  # bytes of all caches: some 20 million files
 _TICK = 2_000_000_000  # ns: two changes within it may leave the same time behind (FAT: 2 s)
 _AT_ONCE = 64  # files that a thread takes
 _ANNOUNCED = 5_000  # files whose scan is announced
@@ -126,7 +129,7 @@ class Folder:
     inode: int
     device: int
     is_fresh: bool = False
-    names: list[str] = field(default_factory=list)
+    names: Names = field(default_factory=Names)
     files: np.ndarray = field(default_factory=lambda: np.zeros(0, _FILE))
     folders: list[str] = field(default_factory=list)  # names
     others: dict[str, int] = field(default_factory=dict)  # suffixes of what is no image, counted
@@ -136,9 +139,14 @@ class Folder:
 
     def below(self, names: Iterable[str]) -> list[str]:
         """Their paths, sorted."""
-        # no pathlib, which would take seconds for a million files
-        start = os.path.join(self.path, "")  # noqa: PTH118
+        start = inside(self.path)
         return sorted(start + name for name in names)
+
+    def images(self) -> Paths:
+        """Their paths, sorted; with their sizes and times, if look() has just asked for those."""
+        good = (self.files["state"] != _UNKNOWN) & (not self.is_fresh)
+        asked = np.stack([self.files["size"], self.files["mtime"]], axis=1)
+        return Paths.below(self.path, self.names, np.where(good[:, None], asked, UNASKED))
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -205,7 +213,7 @@ class Scan(AbstractContextManager["Scan"]):
         except OSError:
             if names is None:
                 raise
-            return Folder(path, 0, 0, 0, names=[*names], files=np.zeros(len(names), _FILE))
+            return Folder(path, 0, 0, 0, False, Names.of(names), np.zeros(len(names), _FILE))
         earlier = None if self._rescan else self._earlier.get(key)
         is_fresh = bool(
             earlier
@@ -220,7 +228,7 @@ class Scan(AbstractContextManager["Scan"]):
             if names is None:
                 _list(found)
             else:
-                found.names = [*names]
+                found.names = Names.of(names)
             found.files = np.zeros(len(found.names), _FILE)
             if earlier:
                 _take_over(found, earlier)
@@ -254,12 +262,12 @@ class Scan(AbstractContextManager["Scan"]):
 
     def _look(self, folder: Folder, positions: Sequence[int]) -> int:
         """Number of images that were read. In a thread: each writes rows of its own."""
-        num_read = 0
+        num_read, start = 0, inside(folder.path)
         for position in positions:
             if self._stop.is_set():
                 break
-            path = os.path.join(folder.path, folder.names[position])  # noqa: PTH118
-            row, now = folder.files[position], _size_and_time(path)
+            path = start + folder.names[position]
+            row, now = folder.files[position], size_and_time(path)
             if row["state"] and (row["size"], row["mtime"]) == now:
                 continue
             num_read += 1
@@ -278,7 +286,8 @@ class Scan(AbstractContextManager["Scan"]):
             path
             for folder in folders
             for path in folder.below(
-                folder.names[i] for i in np.flatnonzero(folder.files["state"] == _GOOD_BUT_LARGE)
+                folder.names[i]
+                for i in np.flatnonzero(folder.files["state"] == _GOOD_BUT_LARGE).tolist()
             )
         ]
         if large:
@@ -302,7 +311,7 @@ class Scan(AbstractContextManager["Scan"]):
         for place in np.unique(order[np.concatenate([equal, equal + 1])]).tolist():
             which = int(np.searchsorted(ends, place, side="right"))
             position = good[which][place - ends[which] + len(good[which])]
-            (path,) = folders[which].below([folders[which].names[position]])
+            (path,) = folders[which].below([folders[which].names[int(position)]])
             groups.setdefault(digests[place].tobytes(), []).append(path)
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
@@ -313,13 +322,15 @@ class Scan(AbstractContextManager["Scan"]):
                 header = json.loads(bytes(stored["header"]))
                 if header["key"] != self._key:
                     return {}, 0
-                names = os.fsdecode(bytes(stored["names"])).split("\0")
+                names = Names(bytes(stored["names"]) + b"\0")
                 files, at, found = stored["files"], 0, {}
             for facts in header["folders"]:
                 key, count = facts.pop("key"), facts.pop("count")
-                part = slice(at, at + count)
-                found[key] = Folder(key, device=0, names=names[part], files=files[part], **facts)
+                part, known = names.part(at, at + count), files[at : at + count]
+                found[key] = Folder(key, device=0, names=part, files=known, **facts)
                 at += count
+            with suppress(OSError):  # it is another user's
+                os.utime(self.cache)  # read now: the last to go
             return found, float(header["written_at"])
         except (FileNotFoundError, NotADirectoryError):
             return {}, 0
@@ -346,18 +357,26 @@ class Scan(AbstractContextManager["Scan"]):
             )
             files.append(kept)
         header = {"key": self._key, "written_at": time.time(), "folders": folders}
-        names = "\0".join(name for folder in self._seen.values() for name in folder.names)
+        names = b"".join([folder.names.packed for folder in self._seen.values()])[:-1]
         arrays: dict[str, Any] = {
             "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
-            "names": np.frombuffer(os.fsencode(names), np.uint8),
+            "names": np.frombuffer(names, np.uint8),
             "files": np.concatenate([np.zeros(0, _FILE), *files]),
         }
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.cache, lambda file: np.savez(file, **arrays))
+        remove_oldest(_caches(self.cache.parent), _MOST_ON_DISK, newest=self.cache)
+
+
+def _caches(folder: Path) -> list[Path]:
+    """Of all scans, and what is left of those whose writing was cut off."""
+    ours = re.compile(r"[0-9a-f]{20}\.npz(\.\d+\.part)?")
+    return [path for path in folder.iterdir() if ours.fullmatch(path.name)]
 
 
 def _list(folder: Folder) -> None:
     """Sort what lies in a folder by what it is. Raises OSError."""
+    images = []
     with os.scandir(folder.path) as found:
         for entry in found:
             name, suffix = entry.name, os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
@@ -373,13 +392,13 @@ def _list(folder: Folder) -> None:
             elif is_folder:
                 folder.folders.append(name)
             elif suffix in IMAGE_SUFFIXES:
-                folder.names.append(name)
+                images.append(name)
             elif is_stuck:
                 folder.stuck.append(name)
             else:
                 suffix = suffix or "without suffix"
                 folder.others[suffix] = folder.others.get(suffix, 0) + 1
-    folder.names.sort()
+    folder.names = Names.of(sorted(images))
     folder.folders.sort()
 
 
@@ -404,15 +423,6 @@ def _parts(folder: Folder) -> Iterator[Sequence[int]]:
 
 def _absolute(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - without '..'
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    """Bytes, and when it was changed; -1 where it cannot be told."""
-    try:
-        status = os.stat(path)  # noqa: PTH116
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

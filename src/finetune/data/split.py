@@ -1,6 +1,7 @@
 """Cuts and limits splits, class by class, by a seed; test is never touched."""
 
 import logging
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -52,7 +53,7 @@ def _dealt(
     labels: Sequence[int], fractions: Sequence[float], seed: int
 ) -> tuple[list[list[int]], list[int]]:
     """The parts, and the labels that are too small to be cut."""
-    parts: list[list[int]] = [[] for _ in fractions]
+    parts: list[list[np.ndarray]] = [[] for _ in fractions]
     too_small = []
     for label, shuffled in _shuffled_classes(labels, seed):
         counts = [max(1, round(len(shuffled) * fraction)) for fraction in fractions[1:]]
@@ -62,8 +63,9 @@ def _dealt(
             first, counts = len(shuffled), [0] * len(counts)
         bounds = np.cumsum([first, *counts])[:-1]
         for part, positions in zip(parts, np.split(shuffled, bounds), strict=True):
-            part.extend(positions.tolist())
-    return [sorted(part) for part in parts], too_small
+            part.append(positions)
+    none = np.zeros(0, np.int64)
+    return [np.sort(np.concatenate([none, *part])).tolist() for part in parts], too_small
 
 
 def cut_images(
@@ -153,7 +155,7 @@ def select_classes(splits: Splits, names: Sequence[str | int] | None) -> Splits:
             labels = (tuple(new[k] for k in labels_of(old) if k in new) for old in images.labels)
             return replace(images, labels=tuple(labels), num_classes=len(new))
         chosen = images.subset([p for p, k in enumerate(images.strata()) if k in new])
-        return replace(chosen, labels=tuple(new[k] for k in chosen.strata()))
+        return replace(chosen, labels=array("q", [new[k] for k in chosen.strata()]))
 
     new = {label: position for position, label in enumerate(kept)}
     train = selected(splits.train)
@@ -209,12 +211,12 @@ def limit_train(splits: Splits, shots: int | None, fraction: float | None, seed:
 
 def stratified(labels: Sequence[int], most: int, seed: int) -> list[int]:
     """Positions of at most that many, ascending; of each class the same share, at least one."""
-    shares = [
-        (i / len(shuffled), position)
-        for _, shuffled in _shuffled_classes(labels, seed)
-        for i, position in enumerate(shuffled.tolist())
-    ]
-    return sorted(position for _, position in sorted(shares)[:most])
+    shuffled = [positions for _, positions in _shuffled_classes(labels, seed)]
+    shares = np.concatenate([np.arange(len(p)) / len(p) for p in shuffled])
+    positions = np.concatenate(shuffled)
+    first = np.lexsort((positions, shares))[:most]  # by share, then by position
+    chosen: list[int] = np.sort(positions[first]).tolist()
+    return chosen
 
 
 def check_limits(shots: int | None, fraction: float | None) -> None:
@@ -276,7 +278,7 @@ def warn_of_doubles(splits: Splits) -> None:
     for name, images in {"train": splits.train, "val": splits.val, "test": splits.test}.items():
         if images is not None and isinstance(images.images, ImageFiles):
             for index, label in zip(images.indices, images.labels, strict=True):
-                if (path := str(images.images.paths[index])) in doubled:
+                if (path := images.images.paths.text(index)) in doubled:
                     places[path] = name, label
     leaks, contradictions = [], []
     for group in splits.doubles:

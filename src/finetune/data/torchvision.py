@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import logging
+import os
 import socket
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from torchvision import datasets
 
 from finetune.data.base import ImageArray, ImageFiles, LabelledImages, Splits
+from finetune.data.path_list import MISSING
 from finetune.data.paths import printable
 from finetune.data.split import cut_splits
 from finetune.errors import ConfigError, DataError
@@ -162,7 +164,8 @@ def _check_complete(name: str, labelled: LabelledImages, published: int, root: P
             "delete its folder in %s", name, len(labelled), published, root,
         )  # fmt: skip
     if isinstance(labelled.images, ImageFiles):
-        missing = [path for path in labelled.images.paths if not path.is_file()]
+        status = labelled.images.paths.status(range(len(labelled)))
+        missing = [os.fsdecode(path) for path, size, _ in status if size == MISSING]
         if missing:
             raise DataError(
                 f"{name}: {len(missing)} of {len(labelled)} images are missing, such as "
@@ -181,12 +184,12 @@ def _cifar(part: _Part) -> LabelledImages:
 
 
 def _files(part: _Part) -> LabelledImages:
-    return LabelledImages.of(ImageFiles([Path(file) for file in part._image_files]), part._labels)
+    return LabelledImages.of(ImageFiles(part._image_files), part._labels)
 
 
 def _samples(samples: Sequence[tuple[str, int]]) -> LabelledImages:
-    paths = [Path(path) for path, _ in samples]
-    return LabelledImages.of(ImageFiles(paths), [label for _, label in samples])
+    paths, labels = zip(*samples, strict=True)
+    return LabelledImages.of(ImageFiles(paths), labels)
 
 
 def _caltech101(part: _Part) -> LabelledImages:
