@@ -36,7 +36,7 @@ from finetune.model import Classifier
 from finetune.strategies import Strategy, for_run
 from finetune.strategies.effect import without_effect
 from finetune.strategies.freeze_until import FreezeUntil
-from finetune.tasks.base import Task
+from finetune.tasks.base import Schedule, Task
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ def build_task(
         model=model,
         strategy=build_strategy(cfg, model.depth, budget.epochs_begun),
         optimizer=make(cfg.optimizer),
-        schedule=make(cfg.schedule),
+        schedule=build_schedule(cfg, budget.total_steps),
         weight_decay=cfg.optimizer.weight_decay,
         epochs=budget.epochs_begun,
         total_steps=budget.total_steps,
@@ -272,6 +272,17 @@ def build_task(
         l2_sp=cfg.l2_sp,
     )
     return task
+
+
+def build_schedule(cfg: DictConfig, total_steps: int) -> Schedule:
+    """Factor on the lr from (step, total_steps)."""
+    schedule: Schedule = make(cfg.schedule)
+    schedule(0, max(1, total_steps))
+    # Hydra holds a target and its arguments against its policy in every call: it has done so now,
+    # and each step would pay for it again
+    if isinstance(schedule, partial):
+        return partial(schedule.func, *schedule.args, **schedule.keywords)
+    return schedule
 
 
 def build_loggers(cfg: DictConfig, run: Path, resumed_at: int | None) -> list[Logger]:
