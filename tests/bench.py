@@ -16,10 +16,10 @@ import os
 import platform
 import pty
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -28,22 +28,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from bench_images import CLASSES, unpack_cifar, write_files, write_images
 from finetune.machine import total_memory, usable_cores
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 FILE = ROOT / "docs" / "benchmark.md"
-CLASSES = 10
-BATCH, BATCH_LARGE = 64, 32  # at 32 and 64 px; at 224 px
 WORKERS = (0, 1, 2)  # of the plain loop, whose best counts
 EVERYTHING = ("recipe=textbook", "strategy=full", "augment=light")
 SHARED = "FINETUNE_SHARED_DATA"  # a folder that may hold cifar10.tar.xz
@@ -150,8 +147,8 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
         "Each thing is measured in a process of its own, in turn with what it is held against (A B",
         "A B). A row is the median over the rounds of the ratio within a round, and its range. The",
         "first 20 steps of a training are left out. `recipe=textbook strategy=full augment=light`,",
-        f"batches of {BATCH} ({BATCH_LARGE} at 224 px), as many threads as cores, unless a row",
-        "says otherwise. The limit is forward, backward and step on a batch that is there. The",
+        f"batches of {Size.batch} ({Size.large_batch} at 224 px), as many threads as cores, unless",
+        "a row says otherwise. The limit is forward, backward and step on a batch at hand. The",
         "plain loop is that of the tutorials: ImageFolder, PIL transforms, DataLoader. Code:",
         "`tests/bench.py`.",
         "",
@@ -167,10 +164,12 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
 
 @dataclass
 class Size:
-    """How much is measured. seconds: of each training."""
+    """How much is measured. seconds: of each training. large_batch: at 224 px."""
 
     rounds: int = 3
     seconds: float = 10.0
+    batch: int = 64
+    large_batch: int = 32
     images: int = 5000
     large_images: int = 600
     steps: int = 220  # in which a checkpoint of every 200 steps falls
@@ -182,6 +181,8 @@ class Size:
 QUICK = Size(
     rounds=1,
     seconds=1.0,
+    batch=8,
+    large_batch=4,
     images=300,
     large_images=64,
     steps=10,
@@ -364,79 +365,14 @@ def against_best(
     return {name: first[name] + rest[name] for name in (*sides, best)}, best
 
 
-# Images that need no download ---------------------------------------------------------------------
-
-
-def noise_image(generator: np.random.Generator, size: tuple[int, int], label: int) -> Image.Image:
-    """Smooth noise under fine noise, tinted by the class. size: width and height."""
-    width, height = size
-    coarse = generator.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), np.uint8)
-    smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-    tint = np.random.default_rng(label).integers(-50, 50, 3)
-    pixels = np.asarray(smooth) + tint + generator.normal(0, 12, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def jpeg(image: Image.Image) -> bytes:
-    """Encoded at a quality of 85."""
-    file = BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return file.getvalue()
-
-
-def write_images(root: Path, counts: Mapping[str, int], size: tuple[int, int]) -> None:
-    """root/split/class/N.jpg, each another image."""
-    generator = np.random.default_rng(0)
-    for path, label in paths(root, counts):
-        path.write_bytes(jpeg(noise_image(generator, size, label)))
-
-
-def write_files(root: Path, counts: Mapping[str, int]) -> None:
-    """root/split/class/N.jpg, 32 x 32: a few images, and behind each file's end its number."""
-    generator = np.random.default_rng(0)
-    images = [jpeg(noise_image(generator, (32, 32), label)) for label in range(CLASSES)]
-    for number, (path, label) in enumerate(paths(root, counts)):
-        path.write_bytes(images[label] + number.to_bytes(4, "little"))
-
-
-def paths(root: Path, counts: Mapping[str, int]) -> Iterator[tuple[Path, int]]:
-    """Of all images, with their classes; the folders are made."""
-    for split, count in counts.items():
-        folders = [root / split / f"class-{label}" for label in range(CLASSES)]
-        for folder in folders:
-            folder.mkdir(parents=True)
-        for number in range(count):
-            label = number % CLASSES
-            yield folders[label] / f"{number:07d}.jpg", label
-
-
-def unpack_cifar(archive: Path, root: Path, counts: Mapping[str, int]) -> None:
-    """As many images of each class as counts ask for; those of val are of its test split."""
-    from_split = {"train": "train", "test": "val"}
-    taken: dict[tuple[str, str], int] = {}
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            parts = Path(member.name).parts
-            if not member.isfile() or len(parts) != 4 or parts[1] not in from_split:
-                continue
-            split, name = from_split[parts[1]], parts[2]
-            taken[split, name] = taken.get((split, name), 0) + 1
-            if taken[split, name] <= counts[split] // CLASSES:
-                path = root / split / name / parts[3]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                content = tar.extractfile(member)
-                assert content is not None
-                path.write_bytes(content.read())
-
-
 # The rows -----------------------------------------------------------------------------------------
 
 
-def folder_of(root: Path, model: str, size: int, *more: str) -> list[str]:
+def folder_of(root: Path, model: str, size: int, batch: int, *more: str) -> list[str]:
     """Overrides for a model from scratch on a folder."""
     return [
         *EVERYTHING, "data=image_folder", f"data.root={root}", f"model={model}",
-        "model.weights=null", f"model.input_size={size}", *more,
+        "model.weights=null", f"model.input_size={size}", f"batch_size={batch}", *more,
     ]  # fmt: skip
 
 
@@ -453,13 +389,15 @@ def training(place: Place) -> Iterator[Row]:
     """Rows 1 and 2: next to the limit and to a plain loop."""
     root, model = place.small(), "resnet18"
     for size in (64, 32):
-        steps = place.steps(model, size, BATCH)
-        overrides = folder_of(root, model, size, f"batch_size={BATCH}", f"max_steps={steps}")
+        steps = place.steps(model, size, place.size.batch)
+        overrides = folder_of(root, model, size, place.size.batch, f"max_steps={steps}")
         sides: dict[str, Measure] = {
-            "limit": lambda size=size: place.limit(model, size, BATCH),
+            "limit": lambda size=size: place.limit(model, size, place.size.batch),
             "ours": lambda overrides=overrides: place.ours(*overrides),
         }
-        found, best = against_best(sides, loops(place, root, model, size, BATCH), place.size.rounds)
+        found, best = against_best(
+            sides, loops(place, root, model, size, place.size.batch), place.size.rounds
+        )
         ours, work = rates("ours", found["ours"]), f"training, {model} {size} px, JPEGs, CPU"
         yield Row(
             work, "the limit", Goal("≥", 0.97, "x"), ratios(found["ours"], found["limit"]),
@@ -475,13 +413,13 @@ def training(place: Place) -> Iterator[Row]:
 def busy(place: Place) -> Iterator[Row]:
     """Row 3: with another process that computes on two threads."""
     root, model, size = place.small(), "resnet18", 64
-    steps = place.steps(model, size, BATCH, share=0.3)
-    overrides = folder_of(root, model, size, f"batch_size={BATCH}", f"max_steps={steps}")
+    steps = place.steps(model, size, place.size.batch, share=0.3)
+    overrides = folder_of(root, model, size, place.size.batch, f"max_steps={steps}")
     with another_process(place):
         found = alternate(
             {
                 "ours": lambda: place.ours(*overrides),
-                "loop": lambda: place.loop(root, model, size, BATCH, 2),
+                "loop": lambda: place.loop(root, model, size, place.size.batch, 2),
             },
             place.size.rounds,
         )
@@ -510,11 +448,11 @@ def another_process(place: Place) -> Iterator[None]:
 def photos(place: Place) -> Iterator[Row]:
     """Row 4: where decoding is a part of the work."""
     root, model, size = place.large(), "mobilenet_v3_small", 224
-    steps = place.steps(model, size, BATCH_LARGE)
-    overrides = folder_of(root, model, size, f"batch_size={BATCH_LARGE}", f"max_steps={steps}")
+    steps = place.steps(model, size, place.size.large_batch)
+    overrides = folder_of(root, model, size, place.size.large_batch, f"max_steps={steps}")
     found, best = against_best(
         {"ours": lambda: place.ours(*overrides)},
-        loops(place, root, model, size, BATCH_LARGE),
+        loops(place, root, model, size, place.size.large_batch),
         place.size.rounds,
     )
     yield Row(
@@ -534,13 +472,13 @@ def probe(place: Place) -> Iterator[Row]:
     overrides = [
         "recipe=textbook", "strategy=linear_probe", "augment=none", f"epochs={epochs}",
         "data=image_folder", f"data.root={root}", f"model={model}", f"model.weights={weights}",
-        f"model.input_size={size}", f"batch_size={BATCH}",
+        f"model.input_size={size}", f"batch_size={place.size.batch}",
     ]  # fmt: skip
     cold, warm, differences = [], [], []
     for _ in range(max(1, place.size.rounds - 1)):
         plain = place.call(
             "bench_plain", "probe", root=str(root), model=model, weights=str(weights), size=size,
-            batch=BATCH, epochs=epochs, timed=timed,
+            batch=place.size.batch, epochs=epochs, timed=timed,
         )  # fmt: skip
         tell("plain loop", plain["seconds"], "s")
         cache = place.new("cache")
@@ -565,14 +503,14 @@ def prefix(place: Place) -> Iterator[Row]:
     """Row 6: the first layers frozen, with and without what is kept of them."""
     root, model, size = place.small(), "resnet18", 64
     for layers in (2, 4):
-        rate = place.limit(model, size, BATCH)
+        rate = place.limit(model, size, place.size.batch)
         frozen = place.call(
-            "bench_plain", "limit", model=model, size=size, batch=BATCH, classes=CLASSES,
+            "bench_plain", "limit", model=model, size=size, batch=place.size.batch, classes=CLASSES,
             seconds=place.size.seconds / 2, freeze=layers,
         )["frozen"]  # fmt: skip
-        steps = 20 + math.ceil(place.size.seconds * rate / BATCH)
+        steps = 20 + math.ceil(place.size.seconds * rate / place.size.batch)
         overrides = [
-            *folder_of(root, model, size, f"batch_size={BATCH}", f"max_steps={steps}"),
+            *folder_of(root, model, size, place.size.batch, f"max_steps={steps}"),
             "augment=none", f"freeze_until={layers}", "data.fraction=0.2",
         ]  # fmt: skip
         found = alternate(
@@ -639,7 +577,7 @@ def first_step(place: Place) -> Iterator[Row]:
 
 def validation(place: Place) -> Iterator[Row]:
     """Row 9: what validation takes beside the forward pass."""
-    overrides = folder_of(place.small(), "resnet18", 64, f"batch_size={BATCH}", "epochs=1")
+    overrides = folder_of(place.small(), "resnet18", 64, place.size.batch, "epochs=1")
     values, files = [], []
     for _ in range(max(1, place.size.rounds - 1)):
         run = place.clocked(*overrides)
@@ -656,7 +594,7 @@ def validation(place: Place) -> Iterator[Row]:
 def extras(place: Place) -> Iterator[Row]:
     """Row 10: all that watches over a run."""
     steps = 20 + place.size.steps
-    overrides = folder_of(place.small(), "resnet18", 32, f"batch_size={BATCH}")
+    overrides = folder_of(place.small(), "resnet18", 32, place.size.batch)
     overrides += [f"max_steps={steps}", "checkpoint.every_n_steps=200"]
     found = alternate(
         {
@@ -711,7 +649,7 @@ def epochs(place: Place) -> Iterator[Row]:
     for size in sizes:
         times = max(2, min(6, 20_000 // size))
         run = place.clocked(
-            *folder_of(root, "tiny", 8, f"batch_size={BATCH}", f"epochs={times}", "num_workers=0"),
+            *folder_of(root, "tiny", 8, place.size.batch, f"epochs={times}", "num_workers=0"),
             f"data.fraction={size / sizes[-1]}", "+trainer.limit_val_batches=1",
         )  # fmt: skip
         found = statistics.median(run["epochs"][1:])
@@ -846,6 +784,7 @@ def main() -> None:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     whole = not asked.rows and not asked.quick
     out = asked.out or (FILE if whole else None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed
     began, load, rows = time.monotonic(), os.getloadavg()[0], []
     console, table = Console(width=160), Table(*HEADER)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:

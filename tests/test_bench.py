@@ -14,6 +14,7 @@ from finetune.overrides import CONF
 pytest.importorskip("pty")  # not on Windows, as make
 
 import bench
+import bench_images
 from bench import Goal, Row
 
 
@@ -92,14 +93,14 @@ def test_the_file_holds_every_row_and_where_it_was_measured():
 
 
 def test_drawn_photos_are_as_large_as_real_ones():
-    image = bench.noise_image(np.random.default_rng(0), (500, 375), label=3)
-    content = bench.jpeg(image)
+    image = bench_images.noise_image(np.random.default_rng(0), (500, 375), label=3)
+    content = bench_images.jpeg(image)
     assert 60_000 < len(content) < 100_000
     assert Image.open(BytesIO(content)).size == (500, 375)
 
 
 def test_small_files_are_many_and_all_of_them_differ(tmp_path):
-    bench.write_files(tmp_path, {"train": 40, "val": 20})
+    bench_images.write_files(tmp_path, {"train": 40, "val": 20})
     found = [path.read_bytes() for path in tmp_path.rglob("*.jpg")]
     assert len(set(found)) == 60
 
@@ -131,7 +132,7 @@ def test_the_cheapest_rows_can_be_measured(tmp_path):
 
 @pytest.mark.slow
 def test_the_plain_loop_learns_and_counts_images(tmp_path):
-    bench.write_images(tmp_path, {"train": 40, "val": 20}, (32, 32))
+    bench_images.write_images(tmp_path, {"train": 40, "val": 20}, (32, 32))
     arguments = {"root": str(tmp_path), "model": "resnet18", "size": 32, "batch": 8}
     words = [sys.executable, "tests/bench_plain.py", "loop"]
     arguments |= {"workers": 0, "seconds": 0.1}
