@@ -8,13 +8,14 @@ BIN = .venv/bin
 INSTALLED = .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-locked setup-cpu venv same-python train test test-all torture check audit format lock clean
+.PHONY: help setup setup-locked setup-cpu venv same-python train test test-all torture bench check audit format lock clean
 
 help:
 	@echo 'make train      train; overrides in ARGS: make train ARGS="model=resnet50 data=cifar10"'
 	@echo 'make test       the tests that need neither network, GPU nor patience; ARGS goes to pytest'
 	@echo 'make test-all   every test'
 	@echo 'make torture    kills, signals, damaged files, a full disk, bad data; N=50 for a long one'
+	@echo 'make bench      how fast it is, into docs/benchmark.md; half an hour, or ARGS=--quick'
 	@echo 'make check      ruff, mypy, import floors'
 	@echo 'make audit      known vulnerabilities of the locked packages, where the database can be reached'
 	@echo 'make format     put the code in order, where ruff can'
@@ -86,6 +87,9 @@ test-all: $(INSTALLED)
 N ?= 5
 torture: $(INSTALLED)
 	@$(BIN)/python tests/torture.py $(N) $(ARGS)
+
+bench: $(INSTALLED)
+	@$(BIN)/python tests/bench.py $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -197,10 +197,12 @@ def diverges(monkeypatch):
 DIVERGING = (*SMALL, "logger=csv", "hydra.run.dir=run", "checkpoint.every_n_steps=1", "epochs=3")
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, diverges, what):
+@pytest.mark.parametrize(
+    ("what", "clip"), [("loss", "null"), ("gradient", "null"), ("gradient", "0.5")]
+)
+def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, diverges, what, clip):
     diverges(what)
-    done = command("train", *DIVERGING)
+    done = command("train", *DIVERGING, f"trainer.gradient_clip_val={clip}")
     assert done.code == 1
     assert f"error: step 7: the {what} is not finite (loss " in done.err
     assert "python train.py resume=run debug=replay" in done.err

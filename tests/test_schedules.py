@@ -1,10 +1,13 @@
 """The lr's factor, against closed forms."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from conftest import plain
+from finetune.build import build_schedule
 from finetune.schedules import constant, cosine, linear, one_cycle, staircase
 
 SCHEDULES = [constant, cosine, linear]
@@ -100,3 +103,9 @@ def test_staircase_is_that_of_bit(supports):
         expected = published_lr(step, [warmup, *milestones], 1.0)
         actual = staircase(step, total, warmup=warmup / total, milestones=shares)
         assert actual == pytest.approx(expected, rel=1e-9)
+
+
+def test_each_step_asks_the_schedule_itself_and_not_hydra():
+    schedule = build_schedule(plain("schedule=cosine", "schedule.warmup=0.2"), total_steps=10)
+    assert [schedule(step, 10) for step in range(10)] == [cosine(s, 10, 0.2) for s in range(10)]
+    assert type(schedule) is partial  # Hydra's own kind takes a hundred times as long

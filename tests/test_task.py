@@ -12,6 +12,7 @@ from conftest import SMALL, layer_of, metrics_of, plain
 from finetune import build
 from finetune.strategies.full import Full
 from finetune.strategies.linear_probe import LinearProbe
+from finetune.tasks.base import clip
 
 
 class ThawFromTheTop:
@@ -136,3 +137,24 @@ def test_dropout_is_the_same_whatever_was_drawn_before(tmp_path):
     torch.manual_seed(12345)
     _, second = watched(Full(), tmp_path)
     assert all(map(torch.equal, first.states[-1].values(), second.states[-1].values()))
+
+
+@pytest.mark.parametrize(
+    "length", [0.0, 0.1, 1.0 - 5e-7, 1.0, 1.0 + 1e-6, 30.0, math.inf, math.nan]
+)
+def test_gradients_are_clipped_to_the_bits_of_torch(length):
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        found = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 5), (7,), (2,))]
+        grads = [torch.randn(p.shape, generator=generator) for p in found[:2]]  # one has none
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        for parameter, grad in zip(found, grads, strict=False):
+            parameter.grad = grad * (length / norm)
+        return found
+
+    ours, theirs = parameters(), parameters()
+    norm = clip(ours, 1.0)
+    assert torch.equal(norm.nan_to_num(), nn.utils.clip_grad_norm_(theirs, 1.0).nan_to_num())
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        assert one.grad.numpy().tobytes() == other.grad.numpy().tobytes()
+    assert ours[2].grad is None

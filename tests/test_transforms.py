@@ -74,6 +74,23 @@ def test_augmentation_is_a_function_of_the_seed_alone(make):
     assert len({tuple(out.flatten().tolist()) for out in first}) == 8
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 60), (16, 16), (40, 30), (300, 17), (9, 100)])
+def test_light_draws_and_computes_what_torchvision_does(size, interpolation):
+    mode = transforms.InterpolationMode(interpolation)
+    theirs = v2.Compose(
+        [v2.RandomResizedCrop(16, (0.2, 1.0), interpolation=mode), v2.RandomHorizontalFlip()]
+    )
+    ours = transforms.light(InputSpec(16, 16, interpolation=interpolation))
+    planar = image(*size)
+    interleaved = planar.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as JPEGs are decoded
+    for seed in range(20):
+        expected = transforms.seeded(theirs, planar, seed)
+        assert torch.equal(transforms.seeded(ours, planar, seed), expected)
+        assert torch.equal(transforms.seeded(ours, interleaved, seed), expected)
+        assert torch.equal(transforms.seeded(theirs, interleaved, seed), expected)
+
+
 def test_a_seeded_transform_leaves_the_generator_as_it_was():
     torch.manual_seed(1)
     before = torch.get_rng_state()

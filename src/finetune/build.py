@@ -37,7 +37,7 @@ from finetune.model import Classifier
 from finetune.strategies import Strategy, for_run
 from finetune.strategies.effect import without_effect
 from finetune.strategies.freeze_until import FreezeUntil
-from finetune.tasks.base import Task
+from finetune.tasks.base import Schedule, Task
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def build_task(
         model=model,
         strategy=build_strategy(cfg, model.depth, budget.epochs_begun),
         optimizer=build_optimizer(cfg),
-        schedule=make(cfg.schedule),
+        schedule=build_schedule(cfg, budget.total_steps),
         weight_decay=cfg.optimizer.weight_decay,
         epochs=budget.epochs_begun,
         total_steps=budget.total_steps,
@@ -292,14 +292,21 @@ def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
     known = inspect.signature(optimizer).parameters
     decided = cfg.optimizer.get("fused") is not None or cfg.optimizer.get("foreach") is not None
     # with 16-mixed Lightning cannot clip what it does not unscale itself
-    if (
-        not on_gpu(cfg)
-        or decided
-        or "fused" not in known
-        or str(cfg.trainer.precision) == "16-mixed"
-    ):
+    refused = "fused" not in known or str(cfg.trainer.precision) == "16-mixed"
+    if decided or refused or not on_gpu(cfg):
         return optimizer
     return partial(optimizer, fused=True)
+
+
+def build_schedule(cfg: DictConfig, total_steps: int) -> Schedule:
+    """Factor on the lr from (step, total_steps)."""
+    schedule: Schedule = make(cfg.schedule)
+    schedule(0, max(1, total_steps))
+    # Hydra holds a target and its arguments against its policy in every call: it has done so now,
+    # and each step would pay for it again
+    if isinstance(schedule, partial):
+        return partial(schedule.func, *schedule.args, **schedule.keywords)
+    return schedule
 
 
 def build_loggers(cfg: DictConfig, run: Path, resumed_at: int | None) -> list[Logger]:

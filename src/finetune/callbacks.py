@@ -255,8 +255,9 @@ class FiniteGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
-        """Keep whether the gradient is finite."""
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        """Keep whether the gradient is finite, unless the task is about to measure its norm."""
+        assert isinstance(pl_module, Task)
+        if getattr(trainer.precision_plugin, "scaler", None) or pl_module.measures_norm():
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if grads := [p.grad for p in parameters if p.grad is not None]:
@@ -268,6 +269,9 @@ class FiniteGuard(Callback):
         """Keep the step if its loss or gradient is not finite; look every n steps."""
         loss = outputs["loss"].detach()
         bad = ~torch.isfinite(loss)
+        norm, pl_module.gradient_norm = pl_module.gradient_norm, None
+        if norm is not None and getattr(trainer.precision_plugin, "scaler", None) is None:
+            self.bad_gradient = ~torch.isfinite(norm)
         if self.bad_gradient is not None:
             bad, self.bad_gradient = bad | self.bad_gradient.to(bad.device), None
         if self.first_bad is None:

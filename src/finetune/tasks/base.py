@@ -1,7 +1,7 @@
 """What every task shares: freezing, parameter groups, the lr of each step, reseeding."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from finetune.data.mix import mix
@@ -42,6 +43,7 @@ class Task(L.LightningModule):
     balances: ClassVar[tuple[str, ...]]  # what data.balance may be
     multilabel: ClassVar[bool]  # whether an image has any number of labels, not one
 
+    gradient_norm: Tensor | None = None  # (), of the last step before it was clipped, if it was
     last_confusion: Tensor | None  # (K, K) counts of the last evaluation, rows are labels
     last_per_class: list[float | None]  # per_class_metric of the last evaluation, for K classes
 
@@ -154,10 +156,24 @@ class Task(L.LightningModule):
     ) -> None:
         """Clip by the norm over all ranks, which under FSDP only the wrapped model knows."""
         clip_by_norm = getattr(self.trainer.model, "clip_grad_norm_", None)
-        if clip_by_norm and gradient_clip_val and gradient_clip_algorithm != "value":
-            clip_by_norm(gradient_clip_val)
-        else:
+        if not self.measures_norm() or gradient_clip_val is None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif clip_by_norm:
+            self.gradient_norm = clip_by_norm(gradient_clip_val)
+        else:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.gradient_norm = clip(parameters, gradient_clip_val)
+
+    def measures_norm(self) -> bool:
+        """Whether gradient_norm is known after each step: it is clipped by its norm.
+
+        With fp16's scaler Lightning clips, since it knows which optimizers unscale by themselves.
+        """
+        trainer: Any = self.trainer  # gradient_clip_val is not in its annotations
+        sharded = isinstance(trainer.strategy, FSDPStrategy)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        by_norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value"
+        return bool(by_norm and (sharded or not scaled))
 
     def on_validation_start(self) -> None:
         """Let BatchNorm's statistics be those of rank 0, which are saved; DDP does so itself."""
@@ -218,6 +234,17 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type != "cpu":
         torch.manual_seed(seed)
+
+
+def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Clip gradients by their norm as torch's clip_grad_norm_ does, and give the norm before it.
+
+    On a CPU, gradients that are short enough stay: torch would multiply each of them by 1.0.
+    """
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.device.type != "cpu" or not most / (norm + 1e-6) >= 1.0:
+        clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

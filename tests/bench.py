@@ -1,0 +1,809 @@
+"""How fast it is, next to what the machine allows and to a plain loop: make bench.
+
+python tests/bench.py [ROW...] [--quick] [--out FILE]: prints each row as soon as it is measured,
+and a table. All rows together are written to docs/benchmark.md; some of them, or a --quick round
+(a minute or three, to see that it works), only to the FILE that is named.
+
+Each thing is measured in a process of its own, in turn with what it is held against, A B A B. A
+row is the median over the rounds, of ratios within a round, and the range from the least to the
+largest. The first 20 steps of a training are left out.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import pty
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench_images import CLASSES, unpack_cifar, write_files, write_images
+from finetune.machine import total_memory, usable_cores
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+FILE = ROOT / "docs" / "benchmark.md"
+WORKERS = (0, 1, 2)  # of the plain loop, whose best counts
+EVERYTHING = ("recipe=textbook", "strategy=full", "augment=light")
+SHARED = "FINETUNE_SHARED_DATA"  # a folder that may hold cifar10.tar.xz
+MANY = 100_000  # files of which the time per epoch is measured
+
+# What a row holds ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Goal:
+    """bound: of the median. unit: x for a ratio, %, s, bytes."""
+
+    sign: str
+    bound: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.sign} {shown(self.bound, self.unit)}"
+
+    def met(self, value: float) -> bool:
+        """Whether it is reached."""
+        return value >= self.bound if self.sign == "≥" else value <= self.bound
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. values: one per round, or none. note: how, or why not."""
+
+    work: str
+    against: str
+    goal: Goal
+    values: Sequence[float]
+    note: str = ""
+    failed: bool = False
+
+    @property
+    def median(self) -> float:
+        """Over the rounds."""
+        return statistics.median(self.values)
+
+    @property
+    def verdict(self) -> str:
+        """met, missed, skipped or failed."""
+        if not self.values:
+            return "failed" if self.failed else "skipped"
+        return "met" if self.goal.met(self.median) else "missed"
+
+    def cells(self) -> list[str]:
+        """Of the table."""
+        found, spread = "–", "–"
+        if self.values:
+            unit = self.goal.unit
+            found = shown(self.median, unit)
+            spread = "one round" if len(self.values) == 1 else range_of(self.values, unit)
+        return [self.work, self.against, str(self.goal), found, spread, self.verdict, self.note]
+
+
+HEADER = ("work", "measured against", "goal", "found", "least to largest", "verdict", "how")
+
+
+def shown(value: float, unit: str) -> str:
+    """Such as 0.97, 15.2, 1.8 %, 0.85 s, 183 bytes."""
+    digits = 0 if abs(value) >= 100 or unit == "bytes" else 1 if abs(value) >= 10 else 2
+    number = f"{value:,.{digits}f}"
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    return number if unit == "x" else f"{number} {unit}"
+
+
+def range_of(values: Sequence[float], unit: str) -> str:
+    """From the least to the largest."""
+    return f"{shown(min(values), unit)} to {shown(max(values), unit)}"
+
+
+def ratios(these: Sequence[float], those: Sequence[float]) -> list[float]:
+    """Within each round."""
+    return [a / b for a, b in zip(these, those, strict=True)]
+
+
+def rates(name: str, values: Sequence[float]) -> str:
+    """Such as: ours 151 images/s."""
+    return f"{name} {shown(statistics.median(values), 'x')}"
+
+
+def line_through(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    """Slope and constant of the line with the least relative error."""
+    slope, constant = np.polyfit(np.array(xs, float), np.array(ys, float), 1, w=1 / np.array(ys))
+    return float(slope), float(constant)
+
+
+def slopes(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
+    """From each point to the next."""
+    return (np.diff(ys) / np.diff(xs)).tolist()
+
+
+def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
+    """docs/benchmark.md. facts: of the machine and the run, by name."""
+    lines = [
+        "# How fast it is",
+        "",
+        "Written by `make bench`, which measures it again; do not edit.",
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items()),
+        "",
+        "Each thing is measured in a process of its own, in turn with what it is held against (A B",
+        "A B). A row is the median over the rounds of the ratio within a round, and its range. The",
+        "first 20 steps of a training are left out. `recipe=textbook strategy=full augment=light`,",
+        f"batches of {Size.batch} ({Size.large_batch} at 224 px), as many threads as cores, unless",
+        "a row says otherwise. The limit is forward, backward and step on a batch at hand. The",
+        "plain loop is that of the tutorials: ImageFolder, PIL transforms, DataLoader. Code:",
+        "`tests/bench.py`.",
+        "",
+        f"| {' | '.join(HEADER)} |",
+        f"|{'---|' * len(HEADER)}",
+        *(f"| {' | '.join(row.cells())} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# What is measured, and how long -------------------------------------------------------------------
+
+
+@dataclass
+class Size:
+    """How much is measured. seconds: of each training. large_batch: at 224 px."""
+
+    rounds: int = 3
+    seconds: float = 10.0
+    batch: int = 64
+    large_batch: int = 32
+    images: int = 5000
+    large_images: int = 600
+    steps: int = 220  # in which a checkpoint of every 200 steps falls
+    starts: int = 7
+    files: int = 1_000_000
+    epoch_sizes: tuple[int, ...] = (1000, 20_000, 50_000, MANY)
+
+
+QUICK = Size(
+    rounds=1,
+    seconds=1.0,
+    batch=8,
+    large_batch=4,
+    images=300,
+    large_images=64,
+    steps=10,
+    starts=1,
+    files=20_000,
+    epoch_sizes=(200, 1000, 2000),
+)
+
+
+class Place:
+    """A folder for all that is made, and the processes that measure."""
+
+    def __init__(self, folder: Path, size: Size) -> None:
+        self.folder, self.size = folder, size
+        self.cores = usable_cores()
+        self._count = 0
+        self._limits: dict[str, float] = {}
+
+    def new(self, name: str) -> Path:
+        """A path that is not there yet."""
+        self._count += 1
+        return self.folder / f"{name}-{self._count}"
+
+    def environment(self, cache: Path | None = None) -> dict[str, str]:
+        """As many threads as cores, whatever is set outside, and a cache of our own."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_"))}
+        cache = cache or self.folder / "cache"
+        return kept | {"OMP_NUM_THREADS": str(self.cores), "FINETUNE_CACHE": str(cache)}
+
+    def run(self, *words: str, cache: Path | None = None, code: int = 0) -> str:
+        """What a process printed. RuntimeError if it ends with another code."""
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=self.environment(cache), check=False,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode != code:
+            raise RuntimeError(f"{' '.join(words)}: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+        return done.stdout
+
+    def call(self, script: str, name: str, cache: Path | None = None, **arguments: Any) -> Any:
+        """A function of tests/bench_plain.py or bench_ours.py in a process of its own."""
+        words = (f"tests/{script}.py", name, json.dumps(arguments))
+        return json.loads(self.run(*words, cache=cache).splitlines()[-1])
+
+    def limit(self, model: str, size: int, batch: int, **arguments: Any) -> float:
+        """Images per second of a batch that is there."""
+        found = self.call(
+            "bench_plain", "limit", model=model, size=size, batch=batch,
+            seconds=self.size.seconds, classes=CLASSES, **arguments,
+        )  # fmt: skip
+        self._limits[f"{model} {size}"] = found["rate"]
+        return tell("limit", found["rate"])
+
+    def loop(self, root: Path, model: str, size: int, batch: int, workers: int) -> float:
+        """Images per second of a plain loop."""
+        found = self.call(
+            "bench_plain", "loop", root=str(root), model=model, size=size, batch=batch,
+            workers=workers, seconds=self.size.seconds,
+        )  # fmt: skip
+        return tell(f"plain loop, {workers} workers", found["rate"])
+
+    def steps(self, model: str, size: int, batch: int, share: float = 1.0) -> int:
+        """max_steps that take as long as the others are measured, and 20 before."""
+        if f"{model} {size}" not in self._limits:
+            self.limit(model, size, batch)
+        rate = share * self._limits[f"{model} {size}"]
+        return 20 + math.ceil(self.size.seconds * rate / batch)
+
+    def train(self, *overrides: str, cache: Path | None = None, terminal: bool = False) -> Any:
+        """run.json of a run of train.py. terminal: it is shown a progress bar, as a person is."""
+        run = self.new("run")
+        words = ("train.py", *overrides, f"hydra.run.dir={run}")
+        if terminal:
+            run_in_terminal([sys.executable, *words], self.environment(cache))
+        else:
+            self.run(*words, cache=cache)
+        facts = json.loads((run / "run.json").read_text())
+        shutil.rmtree(run)
+        return facts
+
+    def ours(self, *overrides: str, name: str = "ours", terminal: bool = False) -> float:
+        """images_per_second of a run of train.py."""
+        return tell(name, self.train(*overrides, terminal=terminal)["images_per_second"])
+
+    def clocked(self, *overrides: str, cache: Path | None = None) -> Any:
+        """Seconds within a run of train.py."""
+        run = self.new("run")
+        arguments = [*overrides, f"hydra.run.dir={run}"]
+        found = self.call("bench_ours", "clocked", cache=cache, arguments=arguments)
+        shutil.rmtree(run)
+        return found
+
+    # Images: each folder is made once ---------------------------------------------------------
+
+    def archive(self) -> Path | None:
+        """CIFAR-10 as JPEGs, if it is at hand."""
+        path = Path(os.environ.get(SHARED, "")) / "cifar10.tar.xz"
+        return path if SHARED in os.environ and path.is_file() else None
+
+    def small(self) -> Path:
+        """JPEGs of 32 x 32: those of CIFAR-10 if they are at hand."""
+        root, num = self.folder / "small", self.size.images
+        if not root.exists():
+            counts = {"train": num, "val": num // 10}
+            if archive := self.archive():
+                unpack_cifar(archive, root, counts)
+            else:
+                write_images(root, counts, (32, 32))
+        return root
+
+    def large(self) -> Path:
+        """JPEGs of 500 x 375, 60 to 100 kB each."""
+        root, num = self.folder / "large", self.size.large_images
+        if not root.exists():
+            write_images(root, {"train": num, "val": max(20, num // 20)}, (500, 375))
+        return root
+
+    def many(self, num: int) -> Path:
+        """So many small files for training, a hundredth for val."""
+        root = self.folder / f"many-{num}"
+        if not root.exists():
+            write_files(root, {"train": num, "val": max(CLASSES, num // 100)})
+        return root
+
+
+def tell(name: str, value: float, unit: str = "images/s") -> float:
+    """Print a single figure as it is found; it is given back."""
+    print(f"    {name}: {shown(value, unit)}", flush=True)
+    return value
+
+
+def run_in_terminal(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a process whose output goes to a terminal that nobody looks at."""
+    ours, theirs = pty.openpty()
+    said = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # the other end was closed
+            while part := os.read(ours, 65536):
+                said.extend(part)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    terminal = {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
+    try:
+        done = subprocess.run(
+            words, cwd=ROOT, env={**environment, **terminal}, check=False,
+            stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+        )  # fmt: skip
+    finally:
+        os.close(theirs)
+        reader.join(timeout=5)
+        os.close(ours)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {said[-1500:].decode(errors='replace')}")
+
+
+Measure = Callable[[], float]
+
+
+def alternate(sides: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
+    """A B C A B C: the values of each side, one per round."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, measure in sides.items():
+            found[name].append(measure())
+    return found
+
+
+def against_best(
+    sides: Mapping[str, Measure], others: Mapping[str, Measure], rounds: int
+) -> tuple[dict[str, list[float]], str]:
+    """The values of sides and of that one of others which is fastest in the first round; its name.
+
+    It keeps the advantage that it had in this round.
+    """
+    first = alternate({**sides, **others}, 1)
+    best = max(others, key=lambda name: first[name][0])
+    rest = alternate({**sides, best: others[best]}, rounds - 1)
+    return {name: first[name] + rest[name] for name in (*sides, best)}, best
+
+
+# The rows -----------------------------------------------------------------------------------------
+
+
+def folder_of(root: Path, model: str, size: int, batch: int, *more: str) -> list[str]:
+    """Overrides for a model from scratch on a folder."""
+    return [
+        *EVERYTHING, "data=image_folder", f"data.root={root}", f"model={model}",
+        "model.weights=null", f"model.input_size={size}", f"batch_size={batch}", *more,
+    ]  # fmt: skip
+
+
+def loops(place: Place, root: Path, model: str, size: int, batch: int) -> dict[str, Measure]:
+    """The plain loop with each number of workers."""
+
+    def measure(workers: int) -> Measure:
+        return lambda: place.loop(root, model, size, batch, workers)
+
+    return {f"{workers} workers": measure(workers) for workers in WORKERS}
+
+
+def training(place: Place) -> Iterator[Row]:
+    """Rows 1 and 2: next to the limit and to a plain loop."""
+    root, model = place.small(), "resnet18"
+    for size in (64, 32):
+        steps = place.steps(model, size, place.size.batch)
+        overrides = folder_of(root, model, size, place.size.batch, f"max_steps={steps}")
+        sides: dict[str, Measure] = {
+            "limit": lambda size=size: place.limit(model, size, place.size.batch),
+            "ours": lambda overrides=overrides: place.ours(*overrides),
+        }
+        found, best = against_best(
+            sides, loops(place, root, model, size, place.size.batch), place.size.rounds
+        )
+        ours, work = rates("ours", found["ours"]), f"training, {model} {size} px, JPEGs, CPU"
+        yield Row(
+            work, "the limit", Goal("≥", 0.97, "x"), ratios(found["ours"], found["limit"]),
+            f"images/s: {ours}, {rates('limit', found['limit'])}",
+        )  # fmt: skip
+        yield Row(
+            work, "plain loop, best of 0, 1, 2 workers", Goal("≥", 1.08, "x"),
+            ratios(found["ours"], found[best]),
+            f"images/s: {ours}, {rates(f'loop with {best}', found[best])}",
+        )  # fmt: skip
+
+
+def busy(place: Place) -> Iterator[Row]:
+    """Row 3: with another process that computes on two threads."""
+    root, model, size = place.small(), "resnet18", 64
+    steps = place.steps(model, size, place.size.batch, share=0.3)
+    overrides = folder_of(root, model, size, place.size.batch, f"max_steps={steps}")
+    with another_process(place):
+        found = alternate(
+            {
+                "ours": lambda: place.ours(*overrides),
+                "loop": lambda: place.loop(root, model, size, place.size.batch, 2),
+            },
+            place.size.rounds,
+        )
+    yield Row(
+        f"the same at {size} px, another process busy", "plain loop, its default of 2 workers",
+        Goal("≥", 3, "x"), ratios(found["ours"], found["loop"]),
+        f"images/s: {rates('ours', found['ours'])}, {rates('loop', found['loop'])}; the other "
+        "multiplies matrices on 2 threads",
+    )  # fmt: skip
+
+
+@contextmanager
+def another_process(place: Place) -> Iterator[None]:
+    """One that computes on two threads, while this lasts."""
+    words = [sys.executable, "tests/bench_plain.py", "spin", json.dumps({"threads": 2})]
+    process = subprocess.Popen(words, cwd=ROOT, env=place.environment())
+    try:
+        yield
+        if process.poll() is not None:
+            raise RuntimeError("the process that should be busy ended")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def photos(place: Place) -> Iterator[Row]:
+    """Row 4: where decoding is a part of the work."""
+    root, model, size = place.large(), "mobilenet_v3_small", 224
+    steps = place.steps(model, size, place.size.large_batch)
+    overrides = folder_of(root, model, size, place.size.large_batch, f"max_steps={steps}")
+    found, best = against_best(
+        {"ours": lambda: place.ours(*overrides)},
+        loops(place, root, model, size, place.size.large_batch),
+        place.size.rounds,
+    )
+    yield Row(
+        f"training, {model} {size} px, JPEGs of 500 × 375, CPU",
+        "plain loop, best of 0, 1, 2 workers", Goal("≥", 1.15, "x"),
+        ratios(found["ours"], found[best]),
+        f"images/s: {rates('ours', found['ours'])}, {rates(f'loop with {best}', found[best])}",
+    )  # fmt: skip
+
+
+def probe(place: Place) -> Iterator[Row]:
+    """Row 5: a linear probe, cold and again."""
+    root, model, size, epochs = place.small(), "resnet18", 64, 20
+    weights = place.folder / "resnet18.pt"
+    place.call("bench_plain", "weights", path=str(weights), model=model)
+    timed = 2 if place.size.rounds > 1 else 1
+    overrides = [
+        "recipe=textbook", "strategy=linear_probe", "augment=none", f"epochs={epochs}",
+        "data=image_folder", f"data.root={root}", f"model={model}", f"model.weights={weights}",
+        f"model.input_size={size}", f"batch_size={place.size.batch}",
+    ]  # fmt: skip
+    cold, warm, differences = [], [], []
+    for _ in range(max(1, place.size.rounds - 1)):
+        plain = place.call(
+            "bench_plain", "probe", root=str(root), model=model, weights=str(weights), size=size,
+            batch=place.size.batch, epochs=epochs, timed=timed,
+        )  # fmt: skip
+        tell("plain loop", plain["seconds"], "s")
+        cache = place.new("cache")
+        for values in (cold, warm):
+            run = place.clocked(*overrides, cache=cache)
+            values.append(plain["seconds"] / tell("ours", run["seconds"], "s"))
+        differences.append(100 * abs(run["accuracy"] - plain["accuracy"]))
+    work = f"linear probe, {epochs} epochs, {model} {size} px, {place.size.images:,} images"
+    loop = "plain loop with a frozen backbone"
+    told = (
+        f"start-up left out; loop: {timed} epochs measured, {shown(plain['seconds'], 's')} for all"
+    )
+    yield Row(f"{work}, augment=none, cold cache", loop, Goal("≥", 15, "x"), cold, told)
+    yield Row("the same, a second run", loop, Goal("≥", 100, "x"), warm, "start-up left out")
+    yield Row(
+        "the same, accuracy on val", "that loop's, same weights", Goal("≤", 2, "points"),
+        differences, f"{100 * run['accuracy']:.1f} and {100 * plain['accuracy']:.1f} %, the last",
+    )  # fmt: skip
+
+
+def prefix(place: Place) -> Iterator[Row]:
+    """Row 6: the first layers frozen, with and without what is kept of them."""
+    root, model, size = place.small(), "resnet18", 64
+    for layers in (2, 4):
+        rate = place.limit(model, size, place.size.batch)
+        frozen = place.call(
+            "bench_plain", "limit", model=model, size=size, batch=place.size.batch, classes=CLASSES,
+            seconds=place.size.seconds / 2, freeze=layers,
+        )["frozen"]  # fmt: skip
+        steps = 20 + math.ceil(place.size.seconds * rate / place.size.batch)
+        overrides = [
+            *folder_of(root, model, size, place.size.batch, f"max_steps={steps}"),
+            "augment=none", f"freeze_until={layers}", "data.fraction=0.2",
+        ]  # fmt: skip
+        found = alternate(
+            {
+                "kept": lambda o=overrides: place.ours(*o, name="kept"),
+                "not kept": lambda o=overrides: place.ours(
+                    *o, "features.cache=none", name="not kept"
+                ),
+            },
+            place.size.rounds,
+        )
+        faster = ratios(found["kept"], found["not kept"])
+        yield Row(
+            f"freeze_until={layers}, {model} {size} px, augment=none",
+            "features.cache=none, as far as the frozen share allows", Goal("≥", 0.9, "x"),
+            [(1 - frozen) * ratio for ratio in faster],
+            f"{frozen:.0%} of a step is frozen: at most {shown(1 / (1 - frozen), 'x')} times "
+            f"faster, found {shown(statistics.median(faster), 'x')}; the epoch that computes it "
+            "left out",
+        )  # fmt: skip
+
+
+def commands(place: Place) -> Iterator[Row]:
+    """Row 7: what needs no torch."""
+    for work, code, words in (
+        ("`python train.py --help`", 0, ("--help",)),
+        ("a typo's error, `optimiser.lr=1`", 1, ("optimiser.lr=1",)),
+    ):
+        values = []
+        for _ in range(place.size.starts):
+            began = time.perf_counter()
+            place.run("train.py", *words, code=code)
+            values.append(tell(work, time.perf_counter() - began, "s"))
+        yield Row(work, "–", Goal("≤", 1, "s"), values, f"{len(values)} starts")
+
+
+IMPORTS = "import time; began = time.time(); import torch, torchvision, lightning; print({})"
+
+
+def imports(place: Place) -> float:
+    """Seconds that nobody can avoid."""
+    said = place.run("-c", IMPORTS.format("time.time() - began"))
+    return tell("imports", float(said.splitlines()[-1]), "s")
+
+
+def first_step(place: Place) -> Iterator[Row]:
+    """Row 8: until the embedded default trains."""
+    found = alternate(
+        {
+            "imports": lambda: imports(place),
+            "ours": lambda: tell(
+                "first step", place.train("data=digits", "max_steps=2")["time_to_first_step"], "s"
+            ),
+        },
+        place.size.rounds,
+    )
+    beyond = [b - a for a, b in zip(found["imports"], found["ours"], strict=True)]
+    yield Row(
+        "process start to first step, digits", "import of torch, torchvision, lightning",
+        Goal("≤", 1.5, "s"), beyond,
+        f"{rates('imports', found['imports'])} s, {rates('first step', found['ours'])} s",
+    )  # fmt: skip
+
+
+def validation(place: Place) -> Iterator[Row]:
+    """Row 9: what validation takes beside the forward pass."""
+    overrides = folder_of(place.small(), "resnet18", 64, place.size.batch, "epochs=1")
+    values, files = [], []
+    for _ in range(max(1, place.size.rounds - 1)):
+        run = place.clocked(*overrides)
+        beyond, whole = run["validation"] - run["forward"], sum(run["epochs"])
+        values.append(tell("beyond", 100 * beyond / whole, "%"))
+        files.append(100 * run["best"] / whole)
+    yield Row(
+        "validation and metrics, resnet18 64 px, val a tenth of train",
+        "share of an epoch's time beyond the forward pass", Goal("≤", 2, "%"), values,
+        f"reading val's images included; best.ckpt takes {statistics.median(files):.1f} % more",
+    )  # fmt: skip
+
+
+def extras(place: Place) -> Iterator[Row]:
+    """Row 10: all that watches over a run."""
+    steps = 20 + place.size.steps
+    overrides = folder_of(place.small(), "resnet18", 32, place.size.batch)
+    overrides += [f"max_steps={steps}", "checkpoint.every_n_steps=200"]
+    found = alternate(
+        {
+            "all": lambda: place.ours(*overrides, name="all of them", terminal=True),
+            "none": lambda: tell(
+                "none of them", place.call("bench_ours", "bare", arguments=overrides)["rate"]
+            ),
+        },
+        place.size.rounds,
+    )
+    cost = [100 * (ratio - 1) for ratio in ratios(found["none"], found["all"])]
+    yield Row(
+        "TensorBoard, progress bar, guards, a checkpoint every 200 steps", "all of them off",
+        Goal("≤", 2, "%"), cost,
+        f"resnet18 32 px, {place.size.steps} steps; images/s: {rates('on', found['all'])}, "
+        f"{rates('off', found['none'])}",
+    )  # fmt: skip
+
+
+def files(place: Place) -> Iterator[Row]:
+    """Row 11: a folder of a million files."""
+    num, root = place.size.files, place.many(place.size.files)
+    arguments = ["data=image_folder", f"data.root={root}"]
+    cold = place.call("bench_ours", "index", arguments=arguments)
+    tell("first look", cold["seconds"], "s")
+    values = []
+    for _ in range(2):
+        warm = place.call("bench_ours", "index", arguments=arguments)
+        values.append(tell("memory per file", warm["held"] / warm["files"], "bytes"))
+    work = f"lazily read folder of {num:,} files"
+    yield Row(
+        f"{work}: memory", "per file", Goal("≤", 200, "bytes"), values,
+        f"at most {shown(warm['peak'] / warm['files'], 'bytes')} meanwhile",
+    )  # fmt: skip
+    training = [*arguments, "model=tiny", "model.weights=null", "max_steps=1", "num_workers=0"]
+    training += ["+trainer.limit_val_batches=1", "recipe=textbook"]
+    beyond = []
+    for _ in range(max(1, place.size.rounds - 1)):
+        bare = imports(place)
+        seconds = tell("first step", place.train(*training)["time_to_first_step"], "s")
+        beyond.append(seconds - bare)
+    yield Row(
+        f"{work}: second start", "first step above the imports", Goal("≤", 5, "s"), beyond,
+        f"the first start reads all images: {shown(cold['seconds'], 's')}",
+    )  # fmt: skip
+
+
+def epochs(place: Place) -> Iterator[Row]:
+    """Row 12: from a thousand to a hundred thousand images."""
+    sizes, seconds = place.size.epoch_sizes, []
+    root = place.many(sizes[-1])
+    for size in sizes:
+        times = max(2, min(6, 20_000 // size))
+        run = place.clocked(
+            *folder_of(root, "tiny", 8, place.size.batch, f"epochs={times}", "num_workers=0"),
+            f"data.fraction={size / sizes[-1]}", "+trainer.limit_val_batches=1",
+        )  # fmt: skip
+        found = statistics.median(run["epochs"][1:])
+        seconds.append(tell(f"epoch of {size:,} images", found, "s"))
+    each = slopes(sizes, seconds)
+    slope, constant = line_through(sizes, seconds)
+    work = f"time per epoch, {sizes[0]:,} to {sizes[-1]:,} images"
+    told = ", ".join(shown(1e6 * value, "x") for value in each)
+    yield Row(
+        work, "slopes between sizes: largest to least", Goal("≤", 5, "%"),
+        [100 * (max(each) / min(each) - 1)],
+        f"files of 32 × 32, model=tiny; µs per image more: {told}",
+    )  # fmt: skip
+    yield Row(
+        work, "constant of a linear fit", Goal("≤", 2, "s"), [abs(constant)],
+        f"{shown(1e6 * slope, 'x')} µs per image",
+    )  # fmt: skip
+
+
+def gpu(place: Place) -> Iterator[Row]:
+    """Row 13: the same next to a batch that is on the device."""
+    name = place.call("bench_plain", "device")["gpu"]
+    fast = ("trainer.precision=bf16-mixed",)
+    cases: list[tuple[str, Goal, tuple[str, int, int, bool], Callable[[], list[str]]]] = [
+        (
+            "GPU: resnet50 224 px bf16, from memory", Goal("≥", 0.95, "x"),
+            ("resnet50", 224, 128, True),
+            lambda: ["data=fake", "data.num_images=10000", "data.image_size=256", *fast],
+        ),
+        (
+            "GPU: resnet50 224 px bf16, JPEGs of 500 × 375", Goal("≥", 0.9, "x"),
+            ("resnet50", 224, 128, True),
+            lambda: ["data=image_folder", f"data.root={place.large()}", *fast],
+        ),
+        (
+            "GPU: resnet18 32 px, 30,000 images in memory", Goal("≥", 0.95, "x"),
+            ("resnet18", 32, 256, False),
+            lambda: ["data=fake", "data.num_images=50000", "data.image_size=32"],
+        ),
+    ]  # fmt: skip
+    for work, goal, (model, size, batch, is_fast), data in cases:
+        against = "a batch that is on the device"
+        if name is None:
+            yield Row(work, against, goal, [], "no GPU here")
+            continue
+        steps = place.steps(model, size, batch, fast=is_fast)
+        overrides = [
+            *EVERYTHING, *data(), f"model={model}", "model.weights=null",
+            f"model.input_size={size}", f"batch_size={batch}", f"max_steps={steps}",
+        ]  # fmt: skip
+        found = alternate(
+            {
+                "limit": lambda m=model, s=size, b=batch, f=is_fast: place.limit(m, s, b, fast=f),
+                "ours": lambda o=overrides: place.ours(*o),
+            },
+            place.size.rounds,
+        )
+        yield Row(
+            work, against, goal, ratios(found["ours"], found["limit"]),
+            f"{name}, {place.cores} cores; images/s: {rates('ours', found['ours'])}, "
+            f"{rates('limit', found['limit'])}",
+        )  # fmt: skip
+
+
+ROWS: dict[str, Callable[[Place], Iterator[Row]]] = {
+    "training": training,
+    "busy": busy,
+    "photos": photos,
+    "probe": probe,
+    "prefix": prefix,
+    "commands": commands,
+    "first_step": first_step,
+    "validation": validation,
+    "extras": extras,
+    "files": files,
+    "epochs": epochs,
+    "gpu": gpu,
+}
+
+
+def measured(name: str, place: Place) -> Iterator[Row]:
+    """The rows of a section; one that says so, if it fails on the way."""
+    try:
+        yield from ROWS[name](place)
+    except Exception as error:
+        traceback.print_exc()
+        why = f"{type(error).__name__}, see what was printed"
+        yield Row(name, "–", Goal("≥", math.nan, "x"), [], why, failed=True)
+
+
+def facts_of(place: Place, command: str, minutes: float, load: float) -> dict[str, str]:
+    """Machine, versions, date and command."""
+    memory = total_memory()
+    packages = ("torch", "torchvision", "lightning", "pillow")
+    return {
+        "command": f"`{command}`, {minutes:.0f} minutes",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, {place.cores} cores, {(memory or 0) / 2**30:.0f} GiB; load "
+        f"before: {load:.1f}",
+        "versions": ", ".join(
+            [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
+        ),
+        "commit": commit(),
+        "images": "CIFAR-10's at 32 × 32, drawn ones else" if place.archive() else "drawn",
+    }
+
+
+def processor() -> str:
+    """Its name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of this checkout, and whether it was changed since."""
+    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no git"
+
+
+def main() -> None:
+    """Measure, print the table, and write it if it is whole."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all")
+    parser.add_argument("--quick", action="store_true", help="see that it works; no figures")
+    parser.add_argument("--out", type=Path, help="write the table there")
+    asked = parser.parse_args()
+    if unknown := [name for name in asked.rows if name not in ROWS]:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    whole = not asked.rows and not asked.quick
+    out = asked.out or (FILE if whole else None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed
+    began, load, rows = time.monotonic(), os.getloadavg()[0], []
+    console, table = Console(width=160), Table(*HEADER)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        place = Place(Path(folder), QUICK if asked.quick else Size())
+        for name in asked.rows or ROWS:
+            print(name, flush=True)
+            for row in measured(name, place):
+                rows.append(row)
+                work, against, goal, found, spread, verdict, note = row.cells()
+                print(f"  {work}, {against}: {found} ({spread}), goal {goal}: {verdict}; {note}")
+                table.add_row(*row.cells())
+    console.print(table)
+    if out:
+        minutes = (time.monotonic() - began) / 60
+        command = " ".join(["make bench", *([f'ARGS="{" ".join(sys.argv[1:])}"'] * (not whole))])
+        out.write_text(markdown(rows, facts_of(place, command, minutes, load)), encoding="utf-8")
+        print(f"written: {out}")
+    sys.exit(1 if any(row.failed for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()

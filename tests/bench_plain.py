@@ -1,0 +1,239 @@
+"""What bench.py measures against: plain PyTorch, as textbooks and tutorials have it.
+
+python tests/bench_plain.py NAME '{"argument": value}': a function below, and what it gives as JSON.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.models import get_model
+
+from finetune.layering import layer_modules
+
+SKIP = 20  # steps that are left out, as in images_per_second of run.json
+MOST_SKIPPED = 15.0  # seconds, where 20 steps take longer
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LR, MOMENTUM = 0.001, 0.9  # of recipe=textbook
+
+
+def steps_per_second(step: Callable[[], None], seconds: float) -> float:
+    """Steps for at least so many seconds, the first ones left out."""
+    began, skipped = time.perf_counter(), 0
+    while skipped < SKIP and time.perf_counter() - began < MOST_SKIPPED:
+        step()
+        skipped += 1
+    wait_for_device()
+    began, steps = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        step()
+        steps += 1
+        if torch.cuda.is_available() and steps % 10 == 0:
+            wait_for_device()  # or the queue grows and the clock sees nothing
+    wait_for_device()
+    return steps / (time.perf_counter() - began)
+
+
+def wait_for_device() -> None:
+    """Until what was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def limit(
+    model: str,
+    size: int,
+    batch: int,
+    seconds: float,
+    classes: int = 10,
+    freeze: int = 0,
+    fast: bool = False,
+) -> dict[str, float]:
+    """Forward, backward and step on a batch that is there: images per second.
+
+    freeze: the first layers; frozen is then their share of the time. fast: bf16 and channels_last.
+    """
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, classes, (batch,), device=device)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    net = get_model(model, num_classes=classes).to(device)
+    if fast:
+        net = net.to(memory_format=torch.channels_last)
+    clock = FrozenClock(net, freeze)
+    trains = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trains, LR, MOMENTUM)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        clock.start()
+        pixels = (images.float() / 255 - mean) / std
+        if fast:
+            pixels = pixels.to(memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16) if fast else nullcontext():
+            loss = F.cross_entropy(net(pixels), labels)
+        loss.backward()
+        optimizer.step()
+
+    rate = steps_per_second(step, seconds)
+    return {"rate": rate * batch, "frozen": clock.seconds_per_step() * rate}
+
+
+class FrozenClock:
+    """Freezes the first layers of a net, and measures how long they take in each step."""
+
+    def __init__(self, net: nn.Module, layers: int) -> None:
+        net.train()
+        self.began, self.seconds = 0.0, []
+        modules = [m for layer in layer_modules(net)[:layers] for m in layer.values()]
+        for module in modules:
+            module.eval().requires_grad_(False)
+        if modules:
+            modules[-1].register_forward_hook(self.stop)
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def stop(self, *args: object) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+
+    def seconds_per_step(self) -> float:
+        return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else 0.0
+
+
+def forever(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def training_folder(root: str, size: int) -> ImageFolder:
+    """Images as everyone augments them, by PIL."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return ImageFolder(str(Path(root) / "train"), transform)
+
+
+def loop(
+    root: str, model: str, size: int, batch: int, workers: int, seconds: float
+) -> dict[str, float]:
+    """The loop of the tutorials over a folder: images per second."""
+    torch.manual_seed(0)
+    folder = training_folder(root, size)
+    loader = DataLoader(folder, batch_size=batch, shuffle=True, num_workers=workers)
+    batches = forever(loader)
+    net = get_model(model, num_classes=len(folder.classes)).train()
+    optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM)
+    images_seen, running_loss = 0, 0.0
+
+    def step() -> None:
+        nonlocal images_seen, running_loss
+        images, labels = next(batches)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.item()
+        images_seen += 1
+
+    return {"rate": steps_per_second(step, seconds) * batch}
+
+
+def weights(path: str, model: str) -> dict[str, float]:
+    """Write weights that both sides start from."""
+    torch.manual_seed(0)
+    torch.save(get_model(model).state_dict(), path)
+    return {}
+
+
+def probe(
+    root: str, model: str, weights: str, size: int, batch: int, epochs: int, timed: int
+) -> dict[str, float]:
+    """A frozen backbone under a head that trains: seconds of all epochs, and the accuracy on val.
+
+    timed: epochs that are run and measured, a validation after each, as all of them would take.
+    The others train the same head on the same features, kept: for the accuracy alone.
+    """
+    torch.manual_seed(0)
+    transform = transforms.Compose(
+        [
+            transforms.Resize(size),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    train, val = (ImageFolder(str(Path(root) / name), transform) for name in ("train", "val"))
+    net = get_model(model)
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    net.requires_grad_(False).eval()
+    head = nn.Linear(net.fc.in_features, len(train.classes))
+    net.fc = nn.Identity()
+    optimizer = torch.optim.SGD(head.parameters(), LR, MOMENTUM)
+
+    def train_epoch(loader: DataLoader, backbone: nn.Module) -> None:
+        for images, labels in loader:
+            with torch.no_grad():
+                features = backbone(images)
+            optimizer.zero_grad()
+            F.cross_entropy(head(features), labels).backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def accuracy(loader: DataLoader, backbone: nn.Module) -> float:
+        hits = [head(backbone(images)).argmax(1) == labels for images, labels in loader]
+        return float(torch.cat(hits).float().mean())
+
+    loaders = DataLoader(train, batch, shuffle=True), DataLoader(val, batch)
+    began = time.perf_counter()
+    for _ in range(timed):
+        train_epoch(loaders[0], net)
+        accuracy(loaders[1], net)
+    seconds = (time.perf_counter() - began) / timed * epochs
+
+    kept = [TensorDataset(*all_features(folder, net, batch)) for folder in (train, val)]
+    loaders = DataLoader(kept[0], batch, shuffle=True), DataLoader(kept[1], batch)
+    for _ in range(epochs - timed):
+        train_epoch(loaders[0], nn.Identity())
+    return {"seconds": seconds, "accuracy": accuracy(loaders[1], nn.Identity())}
+
+
+@torch.no_grad()
+def all_features(folder: ImageFolder, net: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
+    """(N, D) and labels (N,)."""
+    found = [(net(images), labels) for images, labels in DataLoader(folder, batch)]
+    features, labels = zip(*found, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def spin(threads: int) -> None:
+    """Another process that is busy, until it is killed."""
+    torch.set_num_threads(threads)
+    matrix = torch.rand(512, 512)
+    while True:
+        matrix = torch.softmax(matrix @ matrix, 1)
+
+
+def device() -> dict[str, str | None]:
+    """The GPU, if there is one."""
+    return {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))

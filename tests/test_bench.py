@@ -1,0 +1,142 @@
+"""What make bench computes from its figures, and a round of its cheapest rows."""
+
+import json
+import subprocess
+import sys
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.overrides import CONF
+
+pytest.importorskip("pty")  # not on Windows, as make
+
+import bench
+import bench_images
+from bench import Goal, Row
+
+
+def row(*values, sign="≥", bound=2.0, unit="x", **more):
+    return Row("work", "that", Goal(sign, bound, unit), values, "so", **more)
+
+
+@pytest.mark.parametrize(
+    ("sign", "value", "verdict"),
+    [("≥", 1.99, "missed"), ("≥", 2.0, "met"), ("≤", 2.0, "met"), ("≤", 2.01, "missed")],
+)
+def test_the_median_is_held_against_the_goal(sign, value, verdict):
+    assert row(0.0, value, 9.0, sign=sign).verdict == verdict
+
+
+def test_a_row_that_was_not_measured_claims_nothing():
+    assert row().verdict == "skipped"
+    assert row(failed=True).verdict == "failed"
+    assert row().cells()[3:6] == ["–", "–", "skipped"]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.9712, "x", "0.97"),
+        (15.25, "x", "15.2"),
+        (1234.5, "x", "1,234"),
+        (2.0, "%", "2 %"),
+        (0.854, "s", "0.85 s"),
+        (1830.4, "bytes", "1,830 bytes"),
+    ],
+)
+def test_figures_show_what_they_are_worth(value, unit, text):
+    assert bench.shown(value, unit) == text
+
+
+def test_ratios_are_taken_within_a_round():
+    # twice as fast in each round, whatever else the machine did meanwhile
+    assert bench.ratios([200.0, 20.0, 60.0], [100.0, 10.0, 30.0]) == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match="zip"):
+        bench.ratios([1.0], [])
+
+
+def test_sides_are_measured_in_turn_and_the_best_other_is_that_of_the_first_round():
+    called, rates = [], {"ours": [5, 5, 5], "0 workers": [2, 1, 3], "2 workers": [1]}
+
+    def side(name):
+        def measure():
+            called.append(name)
+            return rates[name][called.count(name) - 1]
+
+        return measure
+
+    others = {name: side(name) for name in ("0 workers", "2 workers")}
+    found, best = bench.against_best({"ours": side("ours")}, others, rounds=3)
+    assert best == "0 workers"
+    assert found == {"ours": [5, 5, 5], "0 workers": [2, 1, 3]}
+    again = ["ours", "0 workers"]
+    assert called == ["ours", "0 workers", "2 workers", *again, *again]
+
+
+def test_the_time_per_epoch_is_split_into_slope_and_constant():
+    sizes = [1000, 20_000, 100_000]
+    seconds = [0.5 + 2e-4 * size for size in sizes]
+    assert bench.line_through(sizes, seconds) == pytest.approx((2e-4, 0.5))
+    assert bench.slopes(sizes, seconds) == pytest.approx([2e-4, 2e-4])
+
+
+def test_the_file_holds_every_row_and_where_it_was_measured():
+    rows = [row(1.5, 2.5, 4.0), row()]
+    text = bench.markdown(rows, {"machine": "a fast one"})
+    assert "- machine: a fast one" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in lines] == [len(bench.HEADER) + 1] * 4
+    assert "| ≥ 2 | 2.5 | 1.5 to 4 | met | so |" in lines[2]
+
+
+def test_drawn_photos_are_as_large_as_real_ones():
+    image = bench_images.noise_image(np.random.default_rng(0), (500, 375), label=3)
+    content = bench_images.jpeg(image)
+    assert 60_000 < len(content) < 100_000
+    assert Image.open(BytesIO(content)).size == (500, 375)
+
+
+def test_small_files_are_many_and_all_of_them_differ(tmp_path):
+    bench_images.write_files(tmp_path, {"train": 40, "val": 20})
+    found = [path.read_bytes() for path in tmp_path.rglob("*.jpg")]
+    assert len(set(found)) == 60
+
+
+def test_an_unknown_row_is_refused_with_those_that_there_are():
+    done = subprocess.run(
+        [sys.executable, "tests/bench.py", "speed"],
+        cwd=CONF.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no row speed; there are training, busy" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_cheapest_rows_can_be_measured(tmp_path):
+    out = tmp_path / "benchmark.md"
+    done = subprocess.run(
+        [sys.executable, "tests/bench.py", "commands", "epochs", "gpu", "--quick", "--out", out],
+        cwd=CONF.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split(" | ") for line in out.read_text().splitlines()[-7:]]
+    assert [cells[0].split(",")[0] for cells in rows] == [
+        "| `python train.py --help`", "| a typo's error", *["| time per epoch"] * 2,
+        *["| GPU: resnet50 224 px bf16"] * 2, "| GPU: resnet18 32 px",
+    ]  # fmt: skip
+    assert all(cells[5] in ("met", "missed", "skipped") for cells in rows)
+
+
+@pytest.mark.slow
+def test_the_plain_loop_learns_and_counts_images(tmp_path):
+    bench_images.write_images(tmp_path, {"train": 40, "val": 20}, (32, 32))
+    arguments = {"root": str(tmp_path), "model": "resnet18", "size": 32, "batch": 8}
+    words = [sys.executable, "tests/bench_plain.py", "loop"]
+    arguments |= {"workers": 0, "seconds": 0.1}
+    done = subprocess.run(
+        [*words, json.dumps(arguments)], cwd=CONF.parent, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["rate"] > 0
