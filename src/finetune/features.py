@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from finetune import averaging, checkpoint
 from finetune.data.base import LabelledImages
 from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
-from finetune.files import cache_folder, readable
+from finetune.files import cache_folder, make_room, readable
 from finetune.machine import total_memory
 from finetune.model import Classifier
 from finetune.strategies import Strategy
@@ -369,22 +368,9 @@ def write(path: Path, features: Tensor) -> None:
             log.info("features are not kept: %s has no room for them", path.parent)
             return
         checkpoint.save(path, {"features": features})
-        make_room(path)
+        make_room(path, MOST_ON_DISK)
     except OSError as error:
         log.info("features are not kept: %s: %s", path, error.strerror or error)
-
-
-def make_room(newest: Path, most: float = MOST_ON_DISK) -> None:
-    """Remove the files that were not read for longest until the others take at most so much."""
-    # whatever else lies in a folder that was named stays
-    ours = (p for p in newest.parent.glob("*.pt") if re.fullmatch(r"[0-9a-f]{32}", p.stem))
-    files = {path: path.stat() for path in ours}
-    total = sum(status.st_size for status in files.values())
-    for path in sorted(files, key=lambda path: files[path].st_mtime):
-        if total <= most or path == newest:
-            continue
-        path.unlink(missing_ok=True)
-        total -= files[path].st_size
 
 
 def default_folder() -> Path:

@@ -59,6 +59,23 @@ def sweep_parts(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
+def make_room(newest: Path, most: float) -> None:
+    """Remove the files that were not read for longest until the others take at most so much.
+
+    Files beside newest with its suffix, and a digest of 32 hex digits for a name; newest stays.
+    """
+    # whatever else lies in a folder that was named stays
+    beside = newest.parent.glob(f"*{newest.suffix}")
+    ours = [path for path in beside if re.fullmatch(r"[0-9a-f]{32}", path.stem)]
+    files = {path: path.stat() for path in ours}
+    total = sum(status.st_size for status in files.values())
+    for path in sorted(files, key=lambda path: files[path].st_mtime):
+        if total <= most or path == newest:
+            continue
+        path.unlink(missing_ok=True)
+        total -= files[path].st_size
+
+
 def readable(num_bytes: float) -> str:
     """Such as 1.2 GB."""
     for unit in ("bytes", "kB", "MB"):
