@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.base import LabelledImages, Splits
+from finetune.data.base import ImageArray, LabelledImages, Splits
+from finetune.data.cache import ImageCache
 from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
 Sample = tuple[Tensor, int | Tensor]
+Keep = Callable[[], tuple[LabelledImages, Transform]]
 EVALUATED_AT_ONCE = 4096  # features: a head alone takes little memory
 SMALL_HEAD = 1_000_000  # weights: to wake a second thread takes longer than to use it
 
@@ -30,11 +32,20 @@ SMALL_HEAD = 1_000_000  # weights: to wake a second thread takes longer than to 
 class TransformedImages(Dataset[Sample | DataError]):
     """One split, transformed; asked with (epoch, position, ...), all that augmentation depends on.
 
-    What stands behind the position tells draws of one image in one epoch apart.
+    What stands behind the position tells draws of one image in one epoch apart. keep: gives images
+    and transform that stand in for these, when the first of them is about to be read.
     """
 
-    def __init__(self, images: LabelledImages, transform: Transform, seed: int) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(
+        self, images: LabelledImages, transform: Transform, seed: int, keep: Keep | None = None
+    ) -> None:
+        self.images, self.transform, self.seed, self.keep = images, transform, seed, keep
+
+    def prepare(self) -> None:
+        """Read all images now, if they are to be kept; before workers are there to share them."""
+        if self.keep is not None:
+            self.images, self.transform = self.keep()
+            self.keep = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,9 +65,11 @@ class LazyLoader(DataLoader[Sample | DataError]):
     waited: seconds, so far, until a batch that was asked for was there.
     """
 
+    dataset: TransformedImages
     waited = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+        self.dataset.prepare()
         began = time.perf_counter()
         for batch in super().__iter__():
             self.waited += time.perf_counter() - began
@@ -78,6 +91,11 @@ def collate(samples: list[Sample | DataError]) -> Batch | DataError:
     return torch.stack(images), torch.stack(labels) if several else torch.tensor(labels)
 
 
+def as_it_is(image: Tensor) -> Tensor:
+    """The transform of an image that was kept transformed."""
+    return image
+
+
 def labels_of(images: LabelledImages) -> Tensor:
     """Classes (N,), or targets (N, K), as batches hold them."""
     if images.num_classes is None:
@@ -96,7 +114,8 @@ class DataModule(L.LightningDataModule):
 
     balanced: training draws every class equally often, and rare images more than once an epoch.
     features: what stands in for images while the backbone is frozen; a batch then holds float
-    (B, D) in their place.
+    (B, D) in their place. cache: keeps images from one epoch to the next. augmented: whether the
+    training transform draws random numbers.
     """
 
     def __init__(
@@ -109,9 +128,11 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
         balanced: bool = False,
         features: Features | None = None,
+        cache: ImageCache | None = None,
+        augmented: bool = True,
     ) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.cache, self.augmented = features, cache, augmented
         self._held: dict[str, Tensor] = {}  # (views, N, D) by split
         self.splits, self.balanced = splits, balanced
         self.train_transform, self.eval_transform = train_transform, eval_transform
@@ -123,11 +144,18 @@ class DataModule(L.LightningDataModule):
         """Which features stand in for images."""
         return self.features.plan if self.features else Plan()
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether training decodes no file, from the second epoch on."""
+        kept = self.cache is not None and "train" in self.cache.choice.splits
+        return kept or isinstance(self.splits.train.images, ImageArray)
+
     def train_dataloader(self) -> LazyLoader | FeatureLoader:
         """Shuffled by (seed, epoch), augmented by (seed, epoch, position)."""
         images = self.splits.train
         loader = self._loader("train", images, self.train_transform, shuffle=True)
         if not self.plan.views:
+            loader.dataset.prepare()  # before the training begins: a signal then stops it at once
             return loader
         batches: Any = loader.batch_sampler
         return FeatureLoader(loader, batches, labels_of(images), self._training_features)
@@ -188,6 +216,7 @@ class DataModule(L.LightningDataModule):
     def _evaluated(self, name: str, images: LabelledImages) -> LazyLoader | FeatureLoader:
         loader = self._loader(name, images, self.eval_transform)
         if not self.plan.epochs:
+            loader.dataset.prepare()
             return loader
         assert self.trainer is not None
         ranks = self.trainer.global_rank, self.trainer.world_size
@@ -250,7 +279,25 @@ class DataModule(L.LightningDataModule):
                 f"{needed}; fewer devices: trainer.devices=1"
             )
         sampler = self._batches(images, shuffle, rank, world_size)
-        return self._of_batches(images, transform, sampler, True, self.num_workers)
+        keep = partial(self._kept, name, images, transform)
+        return self._of_batches(images, transform, sampler, True, self.num_workers, keep)
+
+    def _kept(
+        self, name: str, images: LabelledImages, transform: Transform
+    ) -> tuple[LabelledImages, Transform]:
+        """Images of a split as they were read once, and what is left to do with them."""
+        assert self.trainer is not None
+        if self.cache is None:
+            return images, transform
+        last = (self.trainer.max_epochs or 0) - self.trainer.current_epoch < 2  # of a resume
+        if last and self.cache.choice.kind == "ram" and not self.cache.has(name):
+            return images, transform
+        random = name == "train" and self.augmented
+        kept = self.cache.get(name, images, None if random else transform)
+        if kept is None:
+            return images, transform
+        labelled = LabelledImages.of(kept, images.labels, images.num_classes)
+        return labelled, transform if random else as_it_is
 
     def _of_batches(
         self,
@@ -259,13 +306,14 @@ class DataModule(L.LightningDataModule):
         sampler: EpochBatches | Sequence[Wheres],
         persistent: bool,
         num_workers: int,
+        keep: Keep | None = None,
     ) -> LazyLoader:
         options: dict[str, Any] = {}
         if num_workers > 0:
             options = {"persistent_workers": persistent, "prefetch_factor": 4}
             options["worker_init_fn"] = leave_group
         return LazyLoader(
-            TransformedImages(images, transform, self.seed),
+            TransformedImages(images, transform, self.seed, keep),
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=collate,

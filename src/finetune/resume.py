@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # none of it changes the arithmetic
 FREE_TO_CHANGE = (
     *("num_workers", "logger", "checkpoint", "resume", "sweep", "launcher", "debug"),
-    "features.dir",
+    *("features.dir", "data.cache"),
     # with the same contents: see refuse_other_data
     *("data.root", "data.table", "data.download", "data.on_bad", "data.max_pixels", "data.rescan"),
 )
