@@ -306,9 +306,10 @@ def test_no_workers_are_started_for_images_that_are_kept(photos, monkeypatch):
     _, cfg, splits = chosen(photos)
     monkeypatch.setattr(build, "usable_cores", lambda: 16)
     assert build.choose_workers(cfg, splits) == 4
-    assert build.choose_workers(cfg, splits, kept=True) == 0
+    assert build.choose_workers(cfg, splits, Choice("ram", ("train",))) == 0
+    assert build.choose_workers(cfg, splits, Choice("ram", ("val",))) == 4
     cfg.num_workers = 3
-    assert build.choose_workers(cfg, splits, kept=True) == 3
+    assert build.choose_workers(cfg, splits, Choice("ram", ("train",))) == 3
 
 
 def test_processes_of_one_machine_read_images_for_each_other_one_at_a_time(photos, folder):

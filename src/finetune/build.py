@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts
 from finetune.data.cache import Choice, ImageCache, Need, choose, decoded_bytes
+from finetune.data.resident import crops_of
 from finetune.data.sampler import batch_bounds
 from finetune.data.scan import BadData
 from finetune.data.split import check_splits, cut_val, limit_train, select_classes, warn_of_doubles
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
 from finetune.features import Features, Plan
-from finetune.files import cache_folder
+from finetune.files import cache_folder, readable
 from finetune.loggers import MetricsFile
-from finetune.machine import free_memory, num_threads, num_workers, usable_cores
+from finetune.machine import free_memory, num_threads, num_workers, total_memory, usable_cores
 from finetune.model import Classifier
 from finetune.specs import InputSpec
 from finetune.strategies import Strategy, for_run
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 SKIPPED_BY_TRACE = 20  # steps: buffers are allocated and kernels chosen in the first
 # Lightning's arguments that leave out a part of the images
 READ_A_PART = ("limit_train_batches", "overfit_batches", "fast_dev_run")
+SHARE_OF_DEVICE = 0.1  # of its memory, for training images, where nobody asks for it
 MOST_VALIDATIONS, LEAST_VALIDATIONS = 25, 5
 
 
@@ -169,13 +171,12 @@ def build_datamodule(
     if budget is not None:
         choice = choose_cache(cfg, splits, model.input_spec, features.plan, budget)
         cache = ImageCache(choice, cache_folder("images"))
-    kept = cache is not None and "train" in cache.choice.splits
     return DataModule(
         splits,
         train_transform=make(cfg.augment)(model.input_spec),
         eval_transform=transforms.evaluation(model.input_spec),
         batch_size=cfg.batch_size,
-        num_workers=choose_workers(cfg, splits, kept),
+        num_workers=choose_workers(cfg, splits, cache.choice if cache else Choice()),
         seed=cfg.seed,
         balanced=cfg.data.get("balance") == "sampler",
         features=features,
@@ -196,23 +197,31 @@ def choose_cache(
     asked = cfg.data.get("cache", "auto")
     if asked == "none":
         return Choice()
-    if isinstance(splits.train.images, ImageArray):
-        return _no_effect(asked, "these images are in memory as they are")
+    in_memory = isinstance(splits.train.images, ImageArray)
     train_reads = budget.epochs_begun - (plan.epochs if plan.views else 0)
     if train_reads <= 0:
         return _no_effect(asked, "features stand in for the images in every epoch")
-    parts = [key for key in READ_A_PART if cfg.trainer.get(key)]
-    if asked == "auto" and (train_reads < 2 or parts):
-        return Choice()
     transformed = 3 * spec.size**2
     train, val = splits.train, splits.val
-    num_bytes = decoded_bytes(train) if is_random(cfg) else transformed * len(train)
-    needs = {"train": Need(num_bytes, train_reads)}
+    needs = {}
     if val is not None:
         interval = cfg.trainer.get("val_check_interval")
         each = budget.batches_per_epoch / interval if interval else 1 / budget.validate_every
         val_reads = math.ceil(each * (budget.epochs_begun - plan.epochs))
         needs["val"] = Need(transformed * len(val), val_reads)
+    if asked == "device" or (asked == "auto" and in_memory and on_gpu(cfg)):
+        choice = choose_device(cfg, train, spec)
+        if choice.kind == "device":
+            others = choose("auto", needs, free_memory(), ranks_here(cfg))
+            choice = replace(others, kind="device", splits=("train", *others.splits))
+        return choice
+    if in_memory:
+        return _no_effect(asked, "these images are in memory as they are")
+    parts = [key for key in READ_A_PART if cfg.trainer.get(key)]
+    if asked == "auto" and (train_reads < 2 or parts):
+        return Choice()
+    num_bytes = decoded_bytes(train) if is_random(cfg) else transformed * len(train)
+    needs = {"train": Need(num_bytes, train_reads), **needs}
     choice = choose(asked, needs, free_memory(), ranks_here(cfg))
     if choice.kind == "none" and asked != "auto":
         return _no_effect(asked, "every image is read once")
@@ -221,23 +230,66 @@ def choose_cache(
     return choice
 
 
+def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Choice:
+    """Whether training images live on the device. Raises ConfigError where they cannot."""
+    asked, augment = cfg.data.get("cache", "auto"), make(cfg.augment)
+    crops = crops_of(augment(spec)) if is_random(cfg) else None
+    if is_random(cfg) and crops is None:
+        if asked == "auto":
+            return Choice()
+        raise ConfigError(
+            f"data.cache=device: augment={augment.func.__name__} is not computed on the device; "
+            "type augment=light, upright or none, or data.cache=ram"
+        )
+    in_memory = isinstance(train.images, ImageArray)
+    if not in_memory and ranks_here(cfg) > 1:
+        raise ConfigError(
+            f"data.cache=device: {ranks_here(cfg)} devices would decode all images each; type "
+            "data.cache=disk"
+        )
+    if crops is None:
+        num_bytes = 3 * spec.size**2 * len(train)
+    else:
+        num_bytes = train[0][0].nbytes * len(train) if in_memory else decoded_bytes(train)
+    free, total = device_memory(cfg)
+    if asked == "auto":  # by the total: a resume finds the same
+        fits = total is not None and num_bytes < SHARE_OF_DEVICE * total
+        return Choice("device", ("train",)) if fits else Choice()
+    if free is not None and num_bytes > free:
+        raise ConfigError(
+            f"data.cache=device: the images take about {readable(num_bytes)}, and "
+            f"{readable(free)} of the device are free; type data.cache=none"
+        )
+    return Choice("device", ("train",))
+
+
+def device_memory(cfg: DictConfig) -> tuple[int | None, int | None]:
+    """Free and total bytes of this rank's device; None where that cannot be told."""
+    if not on_gpu(cfg):
+        return free_memory(), total_memory()
+    devices, rank = normal_devices(cfg.trainer.devices), int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.cuda.mem_get_info(devices[rank] if isinstance(devices, list) else rank)
+
+
 def _no_effect(asked: str, why: str) -> Choice:
     if asked != "auto":
         log.warning("data.cache=%s has no effect: %s", asked, why)
     return Choice()
 
 
-def choose_workers(cfg: DictConfig, splits: Splits, kept: bool = False) -> int:
+def choose_workers(cfg: DictConfig, splits: Splits, cache: Choice | None = None) -> int:
     """num_workers, or what the cores of each rank and the images ask for.
 
-    kept: training images are decoded once, so that little is left to do for them.
+    cache: where training images are kept, so that little is left to do for them.
     """
     if cfg.num_workers is not None:
         return int(cfg.num_workers)
     cores, gpu = usable_cores() // ranks_here(cfg), on_gpu(cfg)
-    # a network on the CPU takes many times what is left, a GPU needs it from several cores
-    cheap = kept and not (gpu and is_random(cfg))
-    return num_workers(cores, cheap or isinstance(splits.train.images, ImageArray), gpu)
+    cheap = isinstance(splits.train.images, ImageArray)
+    if cache is not None and "train" in cache.splits:
+        # a network on the CPU takes many times what is left, a GPU needs it from several cores
+        cheap = cheap or cache.kind == "device" or not (gpu and is_random(cfg))
+    return num_workers(cores, cheap, gpu)
 
 
 def use_cores(cfg: DictConfig) -> None:

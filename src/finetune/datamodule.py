@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.base import ImageArray, LabelledImages, Splits
 from finetune.data.cache import ImageCache
+from finetune.data.resident import ResidentImages, crops_of
 from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
 from finetune.features import FeatureLoader, Features, Plan, Ranks, Wheres
+from finetune.files import readable
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +70,12 @@ class LazyLoader(DataLoader[Sample | DataError]):
     dataset: TransformedImages
     waited = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+    def prepare(self) -> None:
+        """Read all images now, if they are to be kept."""
         self.dataset.prepare()
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+        self.prepare()
         began = time.perf_counter()
         for batch in super().__iter__():
             self.waited += time.perf_counter() - began
@@ -77,6 +83,36 @@ class LazyLoader(DataLoader[Sample | DataError]):
                 raise batch
             yield batch
             began = time.perf_counter()
+
+
+class DeviceLoader:
+    """The batches of a loader, cut from images that live on the device.
+
+    images: these, asked for before the first batch is drawn. labels: in the split's order.
+    """
+
+    def __init__(
+        self, loader: LazyLoader, labels: Tensor, images: Callable[[], ResidentImages]
+    ) -> None:
+        self.loader, self.labels, self.images = loader, labels, images
+        self.batch_sampler = loader.batch_sampler  # Lightning looks whether it shuffles
+        self.waited = 0.0  # seconds; they are there
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def prepare(self) -> None:
+        """Bring the images to the device now."""
+        self.images()
+
+    def __iter__(self) -> Iterator[Batch]:
+        images = self.images()
+        device = images.pixels.device
+        labels = self.labels.to(device)
+        batches: Any = self.batch_sampler
+        for wheres in batches:
+            positions = torch.tensor([where[1] for where in wheres], device=device)
+            yield images.batch(wheres), labels[positions]
 
 
 def collate(samples: list[Sample | DataError]) -> Batch | DataError:
@@ -133,6 +169,7 @@ class DataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.features, self.cache, self.augmented = features, cache, augmented
+        self._resident: ResidentImages | None = None
         self._held: dict[str, Tensor] = {}  # (views, N, D) by split
         self.splits, self.balanced = splits, balanced
         self.train_transform, self.eval_transform = train_transform, eval_transform
@@ -145,17 +182,25 @@ class DataModule(L.LightningDataModule):
         return self.features.plan if self.features else Plan()
 
     @property
+    def on_device(self) -> bool:
+        """Whether training images live on the device."""
+        return self.cache is not None and self.cache.choice.kind == "device"
+
+    @property
     def in_memory(self) -> bool:
         """Whether training decodes no file, from the second epoch on."""
         kept = self.cache is not None and "train" in self.cache.choice.splits
         return kept or isinstance(self.splits.train.images, ImageArray)
 
-    def train_dataloader(self) -> LazyLoader | FeatureLoader:
+    def train_dataloader(self) -> LazyLoader | DeviceLoader | FeatureLoader:
         """Shuffled by (seed, epoch), augmented by (seed, epoch, position)."""
         images = self.splits.train
+        loader: LazyLoader | DeviceLoader
         loader = self._loader("train", images, self.train_transform, shuffle=True)
+        if self.on_device:
+            loader = DeviceLoader(loader, labels_of(images), self._resident_images)
         if not self.plan.views:
-            loader.dataset.prepare()  # before the training begins: a signal then stops it at once
+            loader.prepare()  # before the training begins: a signal then stops it at once
             return loader
         batches: Any = loader.batch_sampler
         return FeatureLoader(loader, batches, labels_of(images), self._training_features)
@@ -186,10 +231,30 @@ class DataModule(L.LightningDataModule):
         """The first augmented images of the run, uint8 (N, 3, S, S): to look at."""
         images = TransformedImages(self.splits.train, self.train_transform, self.seed)
         order = self._batches(self.splits.train, shuffle=True).order(epoch=0)[:most]
+        if self.on_device:
+            return self._resident_images().batch(order)
         batch = collate([images[where] for where in order])
         if isinstance(batch, DataError):
             raise batch
         return batch[0]
+
+    def _resident_images(self) -> ResidentImages:
+        if self._resident is None:
+            assert self.cache is not None
+            assert self.trainer is not None
+            images = self.splits.train
+            crops = crops_of(self.train_transform) if self.augmented else None
+            if crops and isinstance(images.images, ImageArray):
+                pixels = images.images.array[list(images.indices)]
+            else:
+                pixels = self.cache.stacked(images, None if crops else self.train_transform)
+            device = self.trainer.strategy.root_device
+            self._resident = ResidentImages(pixels.to(device), crops, self.seed)
+            log.info(
+                "images: %s of train live on %s, %s (data.cache=)",
+                f"{len(images):,}", device, readable(pixels.nbytes),
+            )  # fmt: skip
+        return self._resident
 
     def _training_features(self) -> Tensor | None:
         """Of all views, in the epochs that they stand in for images."""
@@ -216,7 +281,7 @@ class DataModule(L.LightningDataModule):
     def _evaluated(self, name: str, images: LabelledImages) -> LazyLoader | FeatureLoader:
         loader = self._loader(name, images, self.eval_transform)
         if not self.plan.epochs:
-            loader.dataset.prepare()
+            loader.prepare()
             return loader
         assert self.trainer is not None
         ranks = self.trainer.global_rank, self.trainer.world_size

@@ -208,6 +208,7 @@ def train_and_test(
             "device": device_name(trainer),
             "world_size": trainer.world_size,
             "threads": torch.get_num_threads(),
+            "images_on_device": parts.datamodule.on_device,
             "features": {"epochs": plan.epochs, "views": plan.views},
         }
         config = OmegaConf.to_container(cfg, resolve=True)

@@ -56,10 +56,11 @@ class Need:
 class Choice:
     """Where images are kept, and of which splits. most: bytes of a split, where auto chose.
 
-    why: training images are not kept, where something could be done about it.
+    kind: device: training images are there, other splits in memory. why: training images are
+    not kept, where something could be done about it.
     """
 
-    kind: Literal["ram", "disk", "none"] = "none"
+    kind: Literal["ram", "disk", "device", "none"] = "none"
     splits: tuple[str, ...] = ()
     most: int | None = None
     why: str | None = None
@@ -198,6 +199,18 @@ class ImageCache:
                 self._kept[name] = None
         return self._kept[name]
 
+    def stacked(self, images: LabelledImages, transform: Transform | None) -> Tensor:
+        """Training images of one size, uint8 (N, 3, H, W). ConfigError if they have several."""
+        kept = self._keep("train", images, transform)
+        sizes = np.unique(kept.places[:, 2:4], axis=0).tolist()
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"data.cache=device: augment= crops images of one size there, and these have "
+                f"{len(sizes)}, such as {' and '.join(f'{w} x {h}' for h, w in sizes[:2])}; type "
+                "data.cache=ram"
+            )
+        return torch.stack([kept[position] for position in range(len(kept))])
+
     def _keep(self, name: str, images: LabelledImages, transform: Transform | None) -> CachedImages:
         began = time.monotonic()
 
@@ -205,7 +218,7 @@ class ImageCache:
             image = images[position][0]
             return image if transform is None else transform(image)
 
-        if self.choice.kind == "ram":
+        if self.choice.kind != "disk":
             memory = _Memory(self.choice.most)
             kept = CachedImages(memory.blocks, _read_all(len(images), read, memory.append))
             where, how = "in memory", "read"
