@@ -4,10 +4,12 @@ import logging
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from conftest import SMALL, assert_same_end, facts_of, finish, plain, write_photos
@@ -89,6 +91,31 @@ def test_a_file_is_read_once_however_many_epochs_there_are(photos, folder, kind,
         stacked(module.train_dataloader())
         stacked(module.val_dataloader())
     assert len(read) == len(module.splits.train) + len(module.splits.val)
+
+
+@pytest.mark.parametrize("kind", ["ram", "device"])
+def test_nothing_is_read_while_features_stand_in_for_images(photos, folder, kind):
+    module = datamodule(photos, "ram", folder, none, epoch=1)
+    module.cache.choice = Choice(kind, ("train", "val"))
+    module.features = SimpleNamespace(plan=Plan(epochs=1, views=1))  # as in lp_ft
+    module.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    module.trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
+    module.trainer.limit_val_batches = 1.0
+    train, val = module.train_dataloader(), module.val_dataloader()
+    assert not module.cache.has("val")
+    assert not module.cache.has("train")
+    assert module._resident is None
+    expected = datamodule(photos, "none", folder, none, epoch=1)
+    assert equal(stacked(train), stacked(expected.train_dataloader()))
+    assert equal(stacked(val), stacked(expected.val_dataloader()))
+    assert module.cache.has("val")
+    assert module.cache.has("train") or module._resident is not None
+
+
+def test_an_epoch_that_is_the_last_keeps_nothing_in_memory(photos, folder):
+    module = datamodule(photos, "ram", folder, epoch=4)
+    stacked(module.train_dataloader())
+    assert not module.cache.has("train")
 
 
 def test_an_image_comes_back_as_it_was_with_its_strides_and_as_a_copy(photos, folder):
