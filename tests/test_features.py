@@ -15,6 +15,7 @@ from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages
 from finetune.data.image_folder import image_folder
 from finetune.features import Features, Plan
+from finetune.files import make_room
 from finetune.model import Classifier
 from finetune.strategies.full import Full
 from finetune.strategies.linear_probe import LinearProbe
@@ -177,7 +178,7 @@ def test_files_that_were_not_read_for_longest_make_room_and_no_others(tmp_path):
     for age, path in enumerate([theirs, *ours]):
         path.write_bytes(bytes(100))
         os.utime(path, (age, age))
-    features.make_room(ours[3], most=250)
+    make_room(ours[3], most=250)
     assert {*tmp_path.iterdir()} == {theirs, *ours[2:]}
 
 

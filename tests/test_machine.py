@@ -62,6 +62,8 @@ def test_memory_is_that_of_the_container_where_it_has_less_than_the_machine(tmp_
     places = container(tmp_path, "0::/", **{"memory.max": 4 * GB, "memory.current": 3 * GB})
     assert total_memory(*places, meminfo) == 4 * GB
     assert free_memory(*places, meminfo) == GB
+    read_files = {"memory.stat": f"anon {GB}\ninactive_file {GB // 2}"}  # they make room
+    assert free_memory(*container(tmp_path, "0::/", **read_files), meminfo) == GB + GB // 2
     places = container(tmp_path, "0::/", **{"memory.max": "max", "memory.current": 3 * GB})
     assert total_memory(*places, meminfo) == 16 * GB
     assert free_memory(*places, meminfo) == 8 * GB
@@ -98,5 +100,5 @@ def test_workers_are_for_files_and_not_for_images_in_memory(tmp_path):
 def test_how_the_cores_are_used_is_told(caplog, monkeypatch):
     caplog.set_level("INFO", "finetune.build")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    build.use_cores(plain("data=fake", "trainer.accelerator=cpu"), workers=2)
+    build.tell_of_cores(plain("data=fake", "trainer.accelerator=cpu"), workers=2)
     assert "1 threads compute, 2 workers read images" in caplog.text

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,19 @@ from finetune.callbacks import Trace, WholeCheckpointIO
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts
+from finetune.data.cache import Choice, ImageCache, Need, choose, decoded_bytes
+from finetune.data.resident import crops_of
 from finetune.data.sampler import batch_bounds
 from finetune.data.scan import BadData
 from finetune.data.split import check_splits, cut_val, limit_train, select_classes, warn_of_doubles
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, FinetuneError
 from finetune.features import Features, Plan
+from finetune.files import cache_folder, readable
 from finetune.loggers import MetricsFile
-from finetune.machine import num_threads, num_workers, usable_cores
+from finetune.machine import free_memory, num_threads, num_workers, total_memory, usable_cores
 from finetune.model import Classifier
+from finetune.specs import InputSpec
 from finetune.strategies import Strategy, for_run
 from finetune.strategies.effect import without_effect
 from finetune.strategies.freeze_until import FreezeUntil
@@ -43,6 +47,9 @@ log = logging.getLogger(__name__)
 
 SKIPPED_BY_TRACE = 20  # steps: buffers are allocated and kernels chosen in the first
 EVALUATED_PER_TRAINED = 4  # images at once: without a backward pass nothing is kept for it
+# Lightning's arguments that leave out a part of the images
+READ_A_PART = ("limit_train_batches", "overfit_batches", "fast_dev_run")
+SHARE_OF_DEVICE = 0.1  # of its memory, for training images, where nobody asks for it
 MOST_VALIDATIONS, LEAST_VALIDATIONS = 25, 5
 
 
@@ -159,41 +166,156 @@ def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:
 
 
 def build_datamodule(
-    cfg: DictConfig, splits: Splits, model: Classifier, task: Task | None = None
+    cfg: DictConfig,
+    splits: Splits,
+    model: Classifier,
+    task: Task | None = None,
+    budget: Budget | None = None,
 ) -> DataModule:
     """Splits as batches of what the model's weights expect.
 
-    task: given, features stand in for images while its backbone is frozen.
+    task: given, features stand in for images while its backbone is frozen. budget: given, images
+    that its epochs read again are kept.
     """
+    features = build_features(cfg, model, task, len(splits.train))
+    cache = None
+    if budget is not None:
+        choice = choose_cache(cfg, splits, model.input_spec, features.plan, budget)
+        cache = ImageCache(choice, cache_folder("images"))
     return DataModule(
         splits,
         train_transform=make(cfg.augment)(model.input_spec),
         eval_transform=transforms.evaluation(model.input_spec),
         batch_size=cfg.batch_size,
         eval_batch_size=cfg.batch_size * (EVALUATED_PER_TRAINED if on_gpu(cfg) else 1),
-        num_workers=choose_workers(cfg, splits),
+        num_workers=choose_workers(cfg, splits, cache.choice if cache else Choice()),
         seed=cfg.seed,
         balanced=cfg.data.get("balance") == "sampler",
-        features=build_features(cfg, model, task, len(splits.train)),
+        features=features,
+        cache=cache,
+        augmented=is_random(cfg),
     )
 
 
-def choose_workers(cfg: DictConfig, splits: Splits) -> int:
-    """num_workers, or what the cores of each rank and the images ask for."""
+def is_random(cfg: DictConfig) -> bool:
+    """Whether augment= makes another image of the same one each time."""
+    return make(cfg.augment).func is not transforms.none
+
+
+def choose_cache(
+    cfg: DictConfig, splits: Splits, spec: InputSpec, plan: Plan, budget: Budget
+) -> Choice:
+    """Where images are kept that the epochs of a run read again; told, where it is nowhere."""
+    asked = cfg.data.get("cache", "auto")
+    if asked == "none":
+        return Choice()
+    in_memory = isinstance(splits.train.images, ImageArray)
+    train_reads = budget.epochs_begun - (plan.epochs if plan.views else 0)
+    if train_reads <= 0:
+        return _no_effect(asked, "features stand in for the images in every epoch")
+    transformed = 3 * spec.size**2
+    train, val = splits.train, splits.val
+    needs = {}
+    if val is not None:
+        interval = cfg.trainer.get("val_check_interval")
+        each = budget.batches_per_epoch / interval if interval else 1 / budget.validate_every
+        val_reads = math.ceil(each * (budget.epochs_begun - plan.epochs))
+        needs["val"] = Need(transformed * len(val), val_reads)
+    if asked == "device" or (asked == "auto" and in_memory and on_gpu(cfg)):
+        choice = choose_device(cfg, train, spec)
+        if choice.kind == "device":
+            others = choose("auto", needs, free_memory(), ranks_here(cfg))
+            choice = replace(others, kind="device", splits=("train", *others.splits))
+        return choice
+    if in_memory:
+        return _no_effect(asked, "these images are in memory as they are")
+    parts = [key for key in READ_A_PART if cfg.trainer.get(key)]
+    if asked == "auto" and (train_reads < 2 or parts):
+        return Choice()
+    num_bytes = decoded_bytes(train) if is_random(cfg) else transformed * len(train)
+    needs = {"train": Need(num_bytes, train_reads), **needs}
+    choice = choose(asked, needs, free_memory(), ranks_here(cfg))
+    if choice.kind == "none" and asked != "auto":
+        return _no_effect(asked, "every image is read once")
+    if choice.why:
+        log.info("images: those of train are decoded in every epoch: %s", choice.why)
+    return choice
+
+
+def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Choice:
+    """Whether training images live on the device. Raises ConfigError where they cannot."""
+    asked, augment = cfg.data.get("cache", "auto"), make(cfg.augment)
+    crops = crops_of(augment(spec)) if is_random(cfg) else None
+    if is_random(cfg) and crops is None:
+        if asked == "auto":
+            return Choice()
+        raise ConfigError(
+            f"data.cache=device: augment={augment.func.__name__} is not computed on the device; "
+            "type augment=light, upright or none, or data.cache=ram"
+        )
+    in_memory = isinstance(train.images, ImageArray)
+    if not in_memory and ranks_here(cfg) > 1:
+        raise ConfigError(
+            f"data.cache=device: {ranks_here(cfg)} devices would decode all images each; type "
+            "data.cache=disk"
+        )
+    if crops is None:
+        num_bytes = 3 * spec.size**2 * len(train)
+    else:
+        num_bytes = train[0][0].nbytes * len(train) if in_memory else decoded_bytes(train)
+    free, total = device_memory(cfg)
+    if asked == "auto":  # by the total: a resume finds the same
+        fits = total is not None and num_bytes < SHARE_OF_DEVICE * total
+        return Choice("device", ("train",)) if fits else Choice()
+    if free is not None and num_bytes > free:
+        raise ConfigError(
+            f"data.cache=device: the images take about {readable(num_bytes)}, and "
+            f"{readable(free)} of the device are free; type data.cache=none"
+        )
+    return Choice("device", ("train",))
+
+
+def device_memory(cfg: DictConfig) -> tuple[int | None, int | None]:
+    """Free and total bytes of this rank's device; None where that cannot be told."""
+    if not on_gpu(cfg):
+        return free_memory(), total_memory()
+    devices, rank = normal_devices(cfg.trainer.devices), int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.cuda.mem_get_info(devices[rank] if isinstance(devices, list) else rank)
+
+
+def _no_effect(asked: str, why: str) -> Choice:
+    if asked != "auto":
+        log.warning("data.cache=%s has no effect: %s", asked, why)
+    return Choice()
+
+
+def choose_workers(cfg: DictConfig, splits: Splits, cache: Choice | None = None) -> int:
+    """num_workers, or what the cores of each rank and the images ask for.
+
+    cache: where training images are kept, so that little is left to do for them.
+    """
     if cfg.num_workers is not None:
         return int(cfg.num_workers)
-    cores = usable_cores() // ranks_here(cfg)
-    return num_workers(cores, isinstance(splits.train.images, ImageArray), on_gpu(cfg))
+    cores, gpu = usable_cores() // ranks_here(cfg), on_gpu(cfg)
+    cheap = isinstance(splits.train.images, ImageArray)
+    if cache is not None and "train" in cache.splits:
+        # a network on the CPU takes many times what is left, a GPU needs it from several cores
+        cheap = cheap or cache.kind == "device" or not (gpu and is_random(cfg))
+    return num_workers(cores, cheap, gpu)
 
 
-def use_cores(cfg: DictConfig, workers: int) -> None:
-    """Let this process compute on the cores that it has, and tell how they are used."""
+def use_cores(cfg: DictConfig) -> None:
+    """Let this process compute on the cores that it has."""
     threads = num_threads(ranks_here(cfg))
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def tell_of_cores(cfg: DictConfig, workers: int) -> None:
+    """Tell how the cores are used."""
     log.info(
         "cores: %d; %d threads compute, %d workers read images (OMP_NUM_THREADS=, num_workers=)",
-        usable_cores(), threads, workers,
+        usable_cores(), num_threads(ranks_here(cfg)), workers,
     )  # fmt: skip
 
 
@@ -204,7 +326,6 @@ def build_features(
     kept = cfg.features.cache != "none"
     typed = cfg.features.dir
     folder = Path(typed).expanduser() if typed else features.default_folder()
-    augment = make(cfg.augment).func
     plan = Plan()
     if task is not None and kept and not is_sharded(cfg):
         is_ddp = "ddp" in str(cfg.trainer.get("strategy"))
@@ -212,7 +333,7 @@ def build_features(
         plan = features.plan(
             frozen,
             task.epochs,
-            augment=None if augment is transforms.none else augment.__name__,
+            augment=make(cfg.augment).func.__name__ if is_random(cfg) else None,
             views=cfg.features.views,
             mixes=bool(cfg.mixup or cfg.cutmix),
             unused=frozen < task.epochs and (num_devices(cfg) > 1 or is_ddp),

@@ -618,7 +618,7 @@ def verdict(data_wait: float, num_workers: int, cores: int, in_memory: bool = Fa
         if num_workers < more and not in_memory
         else "a lighter augment= would help"
         if in_memory
-        else "smaller image files, or a lighter augment=, would help"
+        else "smaller image files, data.cache=disk or a lighter augment= would help"
     )
     return f"input-bound: {data_wait:.0%} of the time waits for data; {remedy}"
 

@@ -27,7 +27,7 @@ OPEN = (
     "optimizer.lr", "optimizer.weight_decay", "schedule.warmup", "trainer.accumulate_grad_batches",
 )  # fmt: skip
 # taken out by build before the dataset is called
-COMMON_DATA_KEYS = ("shots", "fraction", "classes", "balance")
+COMMON_DATA_KEYS = ("shots", "fraction", "classes", "balance", "cache")
 SEEDS = 2**32 - 1  # the largest that numpy and Lightning take
 MOST_WORKERS = max(8, 4 * usable_cores())
 
@@ -323,6 +323,8 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("data.split_seed", False, _whole(0, SEEDS), f"a whole number from 0 to {SEEDS}"),
     ("data.on_bad", True, lambda v: v in ("error", "skip"), "error or skip"),
     ("data.max_pixels", True, _whole(1), "a whole number of pixels, from 1"),
+    ("data.cache", False, lambda v: v in ("auto", "ram", "disk", "device", "none"),
+     "auto, ram, disk, device or none"),
     ("data.rescan", True, lambda v: isinstance(v, bool), "true or false"),
     ("model.input_size", True, _whole(1, 8192), "pixels, from 1 to 8192, or null"),
     ("model.dropout", True, BELOW_1, "a probability, from 0, below 1, or null"),

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,16 +14,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.base import LabelledImages, Splits
+from finetune.data.base import ImageArray, LabelledImages, Splits
+from finetune.data.cache import ImageCache
+from finetune.data.resident import ResidentImages, crops_of
 from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
 from finetune.features import FeatureLoader, Features, Plan, Ranks, Wheres
+from finetune.files import readable
 
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
 Sample = tuple[Tensor, int | Tensor]
+Keep = Callable[[], tuple[LabelledImages, Transform]]
 EVALUATED_AT_ONCE = 4096  # features: a head alone takes little memory
 SMALL_HEAD = 1_000_000  # weights: to wake a second thread takes longer than to use it
 
@@ -31,11 +35,20 @@ SMALL_HEAD = 1_000_000  # weights: to wake a second thread takes longer than to 
 class TransformedImages(Dataset[Sample | DataError]):
     """One split, transformed; asked with (epoch, position, ...), all that augmentation depends on.
 
-    What stands behind the position tells draws of one image in one epoch apart.
+    What stands behind the position tells draws of one image in one epoch apart. keep: gives images
+    and transform that stand in for these, when the first of them is about to be read.
     """
 
-    def __init__(self, images: LabelledImages, transform: Transform, seed: int) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(
+        self, images: LabelledImages, transform: Transform, seed: int, keep: Keep | None = None
+    ) -> None:
+        self.images, self.transform, self.seed, self.keep = images, transform, seed, keep
+
+    def prepare(self) -> None:
+        """Read all images now, if they are to be kept; before workers are there to share them."""
+        if self.keep is not None:
+            self.images, self.transform = self.keep()
+            self.keep = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,9 +68,15 @@ class LazyLoader(DataLoader[Sample | DataError]):
     waited: seconds, so far, until a batch that was asked for was there.
     """
 
+    dataset: TransformedImages
     waited = 0.0
 
+    def prepare(self) -> None:
+        """Read all images now, if they are to be kept."""
+        self.dataset.prepare()
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+        self.prepare()
         began = time.perf_counter()
         for batch in super().__iter__():
             self.waited += time.perf_counter() - began
@@ -65,6 +84,36 @@ class LazyLoader(DataLoader[Sample | DataError]):
                 raise batch
             yield batch
             began = time.perf_counter()
+
+
+class DeviceLoader:
+    """The batches of a loader, cut from images that live on the device.
+
+    images: these, asked for before the first batch is drawn. labels: in the split's order.
+    """
+
+    def __init__(
+        self, loader: LazyLoader, labels: Tensor, images: Callable[[], ResidentImages]
+    ) -> None:
+        self.loader, self.labels, self.images = loader, labels, images
+        self.batch_sampler = loader.batch_sampler  # Lightning looks whether it shuffles
+        self.waited = 0.0  # seconds; they are there
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def prepare(self) -> None:
+        """Bring the images to the device now."""
+        self.images()
+
+    def __iter__(self) -> Iterator[Batch]:
+        images = self.images()
+        device = images.pixels.device
+        labels = self.labels.to(device)
+        batches: Any = self.batch_sampler
+        for wheres in batches:
+            positions = torch.tensor([where[1] for where in wheres], device=device)
+            yield images.batch(wheres), labels[positions]
 
 
 def collate(samples: list[Sample | DataError]) -> Batch | DataError:
@@ -77,6 +126,11 @@ def collate(samples: list[Sample | DataError]) -> Batch | DataError:
     images, labels = zip(*good, strict=True)
     several = isinstance(labels[0], Tensor)
     return torch.stack(images), torch.stack(labels) if several else torch.tensor(labels)
+
+
+def as_it_is(image: Tensor) -> Tensor:
+    """The transform of an image that was kept transformed."""
+    return image
 
 
 def labels_of(images: LabelledImages) -> Tensor:
@@ -98,7 +152,8 @@ class DataModule(L.LightningDataModule):
     batch_size: per device. eval_batch_size: of val and test. num_workers: processes that read.
     balanced: training draws every class equally often, and rare images more than once an epoch.
     features: what stands in for images while the backbone is frozen; a batch then holds float
-    (B, D) in their place.
+    (B, D) in their place. cache: keeps images from one epoch to the next. augmented: whether the
+    training transform draws random numbers.
     """
 
     def __init__(
@@ -112,9 +167,12 @@ class DataModule(L.LightningDataModule):
         balanced: bool = False,
         features: Features | None = None,
         eval_batch_size: int | None = None,
+        cache: ImageCache | None = None,
+        augmented: bool = True,
     ) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.cache, self.augmented = features, cache, augmented
+        self._resident: ResidentImages | None = None
         self._held: dict[str, Tensor] = {}  # (views, N, D) by split
         self.splits, self.balanced = splits, balanced
         self.train_transform, self.eval_transform = train_transform, eval_transform
@@ -127,11 +185,26 @@ class DataModule(L.LightningDataModule):
         """Which features stand in for images."""
         return self.features.plan if self.features else Plan()
 
-    def train_dataloader(self) -> LazyLoader | FeatureLoader:
+    @property
+    def on_device(self) -> bool:
+        """Whether training images live on the device."""
+        return self.cache is not None and self.cache.choice.kind == "device"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether training decodes no file, from the second epoch on."""
+        kept = self.cache is not None and "train" in self.cache.choice.splits
+        return kept or isinstance(self.splits.train.images, ImageArray)
+
+    def train_dataloader(self) -> LazyLoader | DeviceLoader | FeatureLoader:
         """Shuffled by (seed, epoch), augmented by (seed, epoch, position)."""
         images = self.splits.train
+        loader: LazyLoader | DeviceLoader
         loader = self._loader("train", images, self.train_transform, shuffle=True)
+        if self.on_device:
+            loader = DeviceLoader(loader, labels_of(images), self._resident_images)
         if not self.plan.views:
+            loader.prepare()  # before the training begins: a signal then stops it at once
             return loader
         batches: Any = loader.batch_sampler
         return FeatureLoader(loader, batches, labels_of(images), self._training_features)
@@ -163,10 +236,30 @@ class DataModule(L.LightningDataModule):
         images = TransformedImages(self.splits.train, self.train_transform, self.seed)
         batches = self._batches(self.splits.train, shuffle=True)
         first = batches.drawn(0, batches.order(epoch=0), slice(most))
+        if self.on_device:
+            return self._resident_images().batch(first)
         batch = collate([images[where] for where in first])
         if isinstance(batch, DataError):
             raise batch
         return batch[0]
+
+    def _resident_images(self) -> ResidentImages:
+        if self._resident is None:
+            assert self.cache is not None
+            assert self.trainer is not None
+            images = self.splits.train
+            crops = crops_of(self.train_transform) if self.augmented else None
+            if crops and isinstance(images.images, ImageArray):
+                pixels = images.images.array[list(images.indices)]
+            else:
+                pixels = self.cache.stacked(images, None if crops else self.train_transform)
+            device = self.trainer.strategy.root_device
+            self._resident = ResidentImages(pixels.to(device), crops, self.seed)
+            log.info(
+                "images: %s of train live on %s, %s (data.cache=)",
+                f"{len(images):,}", device, readable(pixels.nbytes),
+            )  # fmt: skip
+        return self._resident
 
     def _training_features(self) -> Tensor | None:
         """Of all views, in the epochs that they stand in for images."""
@@ -193,6 +286,7 @@ class DataModule(L.LightningDataModule):
     def _evaluated(self, name: str, images: LabelledImages) -> LazyLoader | FeatureLoader:
         loader = self._loader(name, images, self.eval_transform)
         if not self.plan.epochs:
+            loader.prepare()
             return loader
         assert self.trainer is not None
         ranks = self.trainer.global_rank, self.trainer.world_size
@@ -255,7 +349,25 @@ class DataModule(L.LightningDataModule):
                 f"{needed}; fewer devices: trainer.devices=1"
             )
         sampler = self._batches(images, shuffle, rank, world_size)
-        return self._of_batches(images, transform, sampler, True, self.num_workers)
+        keep = partial(self._kept, name, images, transform)
+        return self._of_batches(images, transform, sampler, True, self.num_workers, keep)
+
+    def _kept(
+        self, name: str, images: LabelledImages, transform: Transform
+    ) -> tuple[LabelledImages, Transform]:
+        """Images of a split as they were read once, and what is left to do with them."""
+        assert self.trainer is not None
+        if self.cache is None:
+            return images, transform
+        last = (self.trainer.max_epochs or 0) - self.trainer.current_epoch < 2  # of a resume
+        if last and self.cache.choice.kind == "ram" and not self.cache.has(name):
+            return images, transform
+        random = name == "train" and self.augmented
+        kept = self.cache.get(name, images, None if random else transform)
+        if kept is None:
+            return images, transform
+        labelled = LabelledImages.of(kept, images.labels, images.num_classes)
+        return labelled, transform if random else as_it_is
 
     def _of_batches(
         self,
@@ -264,13 +376,14 @@ class DataModule(L.LightningDataModule):
         sampler: EpochBatches | Sequence[Wheres],
         persistent: bool,
         num_workers: int,
+        keep: Keep | None = None,
     ) -> LazyLoader:
         options: dict[str, Any] = {}
         if num_workers > 0:
             options = {"persistent_workers": persistent, "prefetch_factor": 4}
             options["worker_init_fn"] = leave_group
         return LazyLoader(
-            TransformedImages(images, transform, self.seed),
+            TransformedImages(images, transform, self.seed, keep),
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=collate,

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from finetune import averaging, checkpoint
 from finetune.data.base import LabelledImages
 from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
-from finetune.files import cache_folder, readable, remove_oldest
+from finetune.files import cache_folder, make_room, readable
 from finetune.machine import total_memory
 from finetune.model import Classifier
 from finetune.strategies import Strategy
@@ -369,16 +368,9 @@ def write(path: Path, features: Tensor) -> None:
             log.info("features are not kept: %s has no room for them", path.parent)
             return
         checkpoint.save(path, {"features": features})
-        make_room(path)
+        make_room(path, MOST_ON_DISK)
     except OSError as error:
         log.info("features are not kept: %s: %s", path, error.strerror or error)
-
-
-def make_room(newest: Path, most: float = MOST_ON_DISK) -> None:
-    """Remove the files that were not read for longest until the others take at most so much."""
-    # whatever else lies in a folder that was named stays
-    ours = (p for p in newest.parent.glob("*.pt") if re.fullmatch(r"[0-9a-f]{32}", p.stem))
-    remove_oldest(ours, most, newest)
 
 
 def default_folder() -> Path:

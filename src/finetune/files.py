@@ -78,6 +78,14 @@ def remove_oldest(files: Iterable[Path], most: float, newest: Path) -> None:
             total -= status[path].st_size
 
 
+def make_room(newest: Path, most: float) -> None:
+    """Do so among the files beside newest: with its suffix, and 32 hex digits for a name."""
+    # whatever else lies in a folder that was named stays
+    beside = newest.parent.glob(f"*{newest.suffix}")
+    ours = (path for path in beside if re.fullmatch(r"[0-9a-f]{32}", path.stem))
+    remove_oldest(ours, most, newest)
+
+
 def readable(num_bytes: float) -> str:
     """Such as 1.2 GB."""
     for unit in ("bytes", "kB", "MB"):

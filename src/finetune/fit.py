@@ -49,7 +49,7 @@ from finetune.callbacks import (
 )
 from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
-from finetune.data.base import ImageArray, Splits, label_counts
+from finetune.data.base import Splits, label_counts
 from finetune.data.digest import digest
 from finetune.data.split import stratified
 from finetune.datamodule import DataModule, labels_of
@@ -214,6 +214,7 @@ def train_and_test(
             "device": device_name(trainer),
             "world_size": trainer.world_size,
             "threads": torch.get_num_threads(),
+            "images_on_device": parts.datamodule.on_device,
             "features": {"epochs": plan.epochs, "views": plan.views},
         }
         config = OmegaConf.to_container(cfg, resolve=True)
@@ -273,9 +274,8 @@ def waiting(throughput: Throughput, cfg: DictConfig, datamodule: DataModule) -> 
     """Share of the time that waits for data, and what it means: told, and for run.json."""
     share, said = throughput.data_wait, None
     if share is not None:
-        in_memory = isinstance(datamodule.splits.train.images, ImageArray)
         cores = usable_cores() // build.ranks_here(cfg)
-        said = verdict(share, datamodule.num_workers, cores, in_memory)
+        said = verdict(share, datamodule.num_workers, cores, datamodule.in_memory)
         log.info("%s", said)
     return {"data_wait": share, "verdict": said}
 
@@ -296,7 +296,7 @@ def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
     """Build data, model and task, and say what they are. run: gets the list of what is wrong."""
     cfg = cfg.copy()
     splits = build.build_splits(cfg, run)
-    build.use_cores(cfg, build.choose_workers(cfg, splits))
+    build.use_cores(cfg)
     recipe: Recipe = build.make(cfg.recipe)
     data = resolve.data_facts(cfg, splits, build.num_devices(cfg))
     choices = resolve.fill(cfg, recipe(data, None))
@@ -329,8 +329,9 @@ def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
         "%d steps: %d epochs of %d, validated every %s",
         budget.total_steps, budget.epochs, budget.steps_per_epoch, every,
     )  # fmt: skip
-    datamodule = build.build_datamodule(cfg, splits, model, task)
+    datamodule = build.build_datamodule(cfg, splits, model, task, budget)
     build.tell_of_features(cfg, datamodule.plan)
+    build.tell_of_cores(cfg, datamodule.num_workers)
     return Parts(cfg, choices, splits, budget, task, datamodule)
 
 

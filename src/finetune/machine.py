@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -73,15 +74,21 @@ def total_memory(cgroups: Path = CGROUPS, own: Path = OWN, meminfo: Path = MEMIN
 def free_memory(cgroups: Path = CGROUPS, own: Path = OWN, meminfo: Path = MEMINFO) -> int | None:
     """Bytes that can be taken now without anything being pushed out; None if not known."""
     left = []
+    # files that were read stay in memory, and count as used, until somebody needs it
+    stats = [_reclaimable(stat) for stat in _limits("memory", "memory.stat", cgroups, own)]
     for most, used in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        pairs = zip(
-            _limits("memory", most, cgroups, own), _limits("memory", used, cgroups, own),
-            strict=False,
+        groups = zip_longest(
+            _limits("memory", most, cgroups, own), _limits("memory", used, cgroups, own), stats,
+            fillvalue="",
         )  # fmt: skip
-        left += [int(m) - int(u) for m, u in pairs if m.isdigit() and u.isdigit()]
+        left += [
+            int(m) - int(u) + int(files or 0)
+            for m, u, files in groups
+            if m.isdigit() and u.isdigit()
+        ]
     return min([*left, *_meminfo("MemAvailable", meminfo)], default=None)
 
 
@@ -106,6 +113,12 @@ def _limits(controller: str, name: str, cgroups: Path, own: Path) -> Iterator[st
                 yield (group / name).read_text().strip()
             except OSError:
                 continue
+
+
+def _reclaimable(stat: str) -> str:
+    """Bytes of files that nobody used lately, of memory.stat in either version."""
+    found = dict(line.split() for line in stat.splitlines())
+    return str(found.get("total_inactive_file", found.get("inactive_file", "0")))
 
 
 def _meminfo(name: str, meminfo: Path) -> list[int]:

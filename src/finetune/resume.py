@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # none of it changes the arithmetic
 FREE_TO_CHANGE = (
     *("num_workers", "logger", "checkpoint", "resume", "sweep", "launcher", "debug"),
-    "features.dir",
+    *("features.dir", "data.cache"),
     # with the same contents: see refuse_other_data
     *("data.root", "data.table", "data.download", "data.on_bad", "data.max_pixels", "data.rescan"),
 )
@@ -44,7 +44,11 @@ def refuse_changes(recorded: Mapping[str, Any], config: Any, run: Path) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not resolve.is_open(key, now, chosen)
-        and not any(key == name or key.startswith(f"{name}.") for name in free)
+        and (
+            not any(key == name or key.startswith(f"{name}.") for name in free)
+            # its crops differ in rounding
+            or (key == "data.cache" and "device" in (before.get(key), now.get(key)))
+        )
     ]
     if changed:
         raise ConfigError(
@@ -142,7 +146,7 @@ def warn_of_other_machine(recorded: Mapping[str, Any], now: Mapping[str, Any]) -
         for name, before in recorded["versions"].items()
         if before != now["versions"].get(name)
     ]
-    for what in ("threads", "features"):
+    for what in ("threads", "features", "images_on_device"):
         if recorded.get(what, now[what]) != now[what]:
             changed.append(f"{what} {recorded[what]} then, {now[what]} now")
     if (device := recorded.get("device", now["device"])) != now["device"]:

@@ -54,6 +54,7 @@ _TICK = 2_000_000_000  # ns: two changes within it may leave the same time behin
 _AT_ONCE = 64  # files that a thread takes
 _ANNOUNCED = 5_000  # files whose scan is announced
 _PROGRESS_EVERY = 30  # seconds
+_OTHERS_SCAN = "another process scans the same images"
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Scan(AbstractContextManager["Scan"]):
         self.cache = cache_folder("scans") / f"{name.hexdigest()[:20]}.npz"
 
     def __enter__(self) -> "Scan":
-        self._open.enter_context(_alone(self.cache.with_suffix(".lock")))
+        self._open.enter_context(alone(self.cache.with_suffix(".lock"), _OTHERS_SCAN))
         self._earlier, written_at = self._load()
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
         if rank > 0 and written_at >= _STARTED:  # the first rank has just done it
@@ -426,26 +427,29 @@ def _absolute(path: str) -> str:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock, and hold it; without one where it cannot be."""
+def alone(path: Path, why_wait: str) -> Iterator[None]:
+    """Wait until no other process holds the lock, and hold it; without one where it cannot be.
+
+    why_wait: what another process does meanwhile, to be told.
+    """
     descriptor = None
     with suppress(OSError):  # told when the cache is written
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if fcntl is not None and descriptor is not None:
-            _wait_for(descriptor)
+            _wait_for(descriptor, why_wait)
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def _wait_for(descriptor: int) -> None:
+def _wait_for(descriptor: int, why: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.info("another process scans the same images; waiting for what it finds")
+        log.info("%s; waiting for what it finds", why)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:  # some network volumes: each process scans by itself then
+    except OSError as error:  # some network volumes: each process works by itself then
         log.debug("no lock: %s", error)

@@ -1,0 +1,144 @@
+"""Training images that live on the device, where batches are cut and augmented at once."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from finetune.data.sampler import stable_hash
+from finetune.data.transforms import Transform
+
+ATTEMPTS = 10  # as RandomResizedCrop: after them it takes what fits in the centre
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Crops of random area and shape, resized to a square. flip: probability of a mirror image."""
+
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    interpolation: InterpolationMode
+
+
+def crops_of(transform: Transform) -> Crops | None:
+    """What a transform does, as far as it is crops and flips; None if it does anything else."""
+    parts = list(getattr(transform, "transforms", ()))
+    if not parts or type(parts[0]) is not v2.RandomResizedCrop or len(parts) > 2:
+        return None
+    crop = parts[0]
+    if any(type(part) is not v2.RandomHorizontalFlip for part in parts[1:]):
+        return None
+    if crop.interpolation not in KERNELS or len({*crop.size}) > 1:
+        return None
+    (least, most), (narrow, wide) = crop.scale, crop.ratio
+    flip = float(parts[1].p) if len(parts) > 1 else 0.0
+    mode = InterpolationMode(crop.interpolation)
+    return Crops(crop.size[0], (least, most), (narrow, wide), flip, mode)
+
+
+def draw(
+    crops: Crops, num_images: int, height: int, width: int, seed: int, epoch: int
+) -> tuple[Tensor, Tensor]:
+    """Top, left, height, width of a crop of each image, int64 (N, 4), and flips, bool (N,).
+
+    Distributed as RandomResizedCrop's are; drawn on the CPU: the same for every device.
+    """
+    generator = torch.Generator().manual_seed(stable_hash("crops", seed, epoch))
+    numbers = torch.rand(2 * ATTEMPTS + 3, num_images, generator=generator, dtype=torch.float64)
+    area, shape, (x, y, flip) = numbers[:ATTEMPTS], numbers[ATTEMPTS:-3], numbers[-3:]
+    area = height * width * (crops.scale[0] + (crops.scale[1] - crops.scale[0]) * area)
+    least, most = (math.log(ratio) for ratio in crops.ratio)
+    ratio = torch.exp(least + (most - least) * shape)
+    widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first, images = fits.int().argmax(0), torch.arange(num_images)
+    ratio_of_all = min(max(width / height, crops.ratio[0]), crops.ratio[1])
+    centre_width = min(width, round(height * ratio_of_all))
+    centre_height = min(height, round(width / ratio_of_all))
+    found = fits.any(0)
+    heights = torch.where(found, heights[first, images], centre_height)
+    widths = torch.where(found, widths[first, images], centre_width)
+    top = torch.where(found, (y * (height - heights + 1)).floor(), (height - centre_height) // 2)
+    left = torch.where(found, (x * (width - widths + 1)).floor(), (width - centre_width) // 2)
+    return torch.stack([top, left, heights, widths], 1).long(), flip < crops.flip
+
+
+def _triangle(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp(min=0)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """With a = -0.5, as Pillow and torch's antialiased kernels have it."""
+    x = x.abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+KERNELS: Mapping[InterpolationMode, Callable[[Tensor], Tensor]] = {
+    InterpolationMode.BILINEAR: _triangle,
+    InterpolationMode.BICUBIC: _cubic,
+}
+
+
+def weights(
+    first: Tensor, length: Tensor, total: int, size: int, kernel: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What each pixel of a line gives to each of a resized part of it, (B, size, total).
+
+    first, length: of the part, (B,). With antialiasing, as torch resizes a crop: a pixel beyond
+    its edge gives nothing.
+    """
+    scale = length[:, None] / size
+    centres = scale * (torch.arange(size, device=first.device) + 0.5)
+    places = torch.arange(total, device=first.device) + 0.5 - first[:, None]
+    inside = (places > 0) & (places < length[:, None])
+    away = (places[:, None] - centres[..., None]) / scale.clamp(min=1)[..., None]
+    given = kernel(away) * inside[:, None]
+    return given / given.sum(-1, keepdim=True)
+
+
+def resized(
+    images: Tensor, boxes: Tensor, flips: Tensor, size: int, interpolation: InterpolationMode
+) -> Tensor:
+    """A box of each image (B, C, H, W), mirrored or not, as uint8 (B, C, size, size)."""
+    kernel = KERNELS[interpolation]
+    top, left, height, width = boxes.unbind(1)
+    rows = weights(top, height, images.shape[2], size, kernel)
+    columns = weights(left, width, images.shape[3], size, kernel)
+    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    # rounded in between, as torch has it: what a cubic kernel overshoots is cut off there, too
+    across = (images.float() @ columns[:, None].mT).round().clamp(0, 255)
+    return (rows[:, None] @ across).round().clamp(0, 255).to(torch.uint8)
+
+
+class ResidentImages:
+    """N images on a device, uint8 (N, 1 or 3, H, W). crops: None: they are seen as they are."""
+
+    def __init__(self, pixels: Tensor, crops: Crops | None, seed: int) -> None:
+        self.pixels, self.crops, self.seed = pixels, crops, seed
+        self._epoch = -1
+        self._boxes, self._flips = torch.empty(0), torch.empty(0)
+
+    def batch(self, wheres: Sequence[tuple[int, ...]]) -> Tensor:
+        """uint8 (B, 3, S, S) of (epoch, position) or (epoch, position, place in the epoch) each."""
+        device = self.pixels.device
+        images = self.pixels[torch.tensor([where[1] for where in wheres], device=device)]
+        if self.crops is not None:
+            self._draw(wheres[0][0])
+            # an image that comes again in an epoch is cropped anew
+            rows = torch.tensor([where[-1] for where in wheres], device=device)
+            boxes, flips = self._boxes[rows], self._flips[rows]
+            images = resized(images, boxes, flips, self.crops.size, self.crops.interpolation)
+        return images.expand(-1, 3, -1, -1).contiguous()
+
+    def _draw(self, epoch: int) -> None:
+        if self.crops is not None and epoch != self._epoch:
+            count, _, height, width = self.pixels.shape
+            drawn = draw(self.crops, count, height, width, self.seed, epoch)
+            self._boxes, self._flips = (values.to(self.pixels.device) for values in drawn)
+            self._epoch = epoch

@@ -1,0 +1,193 @@
+"""Training images that live on the device: crops as the CPU's transform makes them."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from conftest import SMALL, assert_same_end, facts_of, finish, plain
+from finetune import build
+from finetune.callbacks import StepCheckpoints
+from finetune.data import transforms
+from finetune.data.cache import Choice, ImageCache
+from finetune.data.fake import fake
+from finetune.data.image_folder import image_folder
+from finetune.data.resident import crops_of, draw, resized
+from finetune.datamodule import DataModule
+from finetune.errors import ConfigError
+from finetune.specs import InputSpec
+from test_cache import photos  # noqa: F401  a fixture
+from test_datamodule import Trainer, equal, stacked
+
+SPEC = InputSpec(8, 8)
+BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
+
+
+def noise(*shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("interpolation", [BILINEAR, BICUBIC])
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [((0, 0, 20, 30), 20), ((3, 5, 10, 9), 24), ((1, 2, 18, 25), 6), ((19, 29, 1, 1), 5)],
+    ids=["all of it", "enlarged", "made smaller", "one pixel"],
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_on_the_device_is_that_of_torchvision(box, size, flip, interpolation):
+    images = noise(2, 3, 20, 30)
+    boxes, flips = torch.tensor([box, (0, 0, 20, 30)]), torch.tensor([flip, False])
+    ours = resized(images, boxes, flips, size, interpolation)[0]
+    theirs = F.resized_crop(images[0], *box, [size, size], interpolation, antialias=True)
+    theirs = F.horizontal_flip(theirs) if flip else theirs
+    # torch's kernels on a CPU round their weights to 16 bits
+    assert (ours.int() - theirs.int()).abs().max() <= (1 if interpolation == BILINEAR else 2)
+
+
+def test_crops_are_distributed_as_those_of_torchvision():
+    light = transforms.light(SPEC)
+    crops = crops_of(light)
+    boxes, flips = draw(crops, 20_000, 30, 20, seed=0, epoch=0)
+    torch.manual_seed(0)
+    image = noise(3, 30, 20)
+    made = [light.transforms[0].make_params([image]) for _ in range(4000)]
+    theirs = torch.tensor([[m["top"], m["left"], m["height"], m["width"]] for m in made])
+    top, left, height, width = boxes.unbind(1)
+    assert (top + height).max() <= 30
+    assert (left + width).max() <= 20
+    assert (boxes >= torch.tensor([0, 0, 1, 1])).all()
+    standard_errors = theirs.double().std(0) * math.sqrt(1 / 4000 + 1 / 20_000)
+    assert ((boxes.double().mean(0) - theirs.double().mean(0)).abs() < 4 * standard_errors).all()
+    for share in (0.1, 0.5, 0.9):
+        quantiles = [torch.quantile(found.double(), share, 0) for found in (boxes, theirs)]
+        assert (quantiles[0] - quantiles[1]).abs().max() <= 1
+    assert flips.double().mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 100), (100, 4)])
+def test_where_no_crop_fits_it_is_the_centre_as_in_torchvision(height, width):
+    crops = crops_of(transforms.light(SPEC, scale=(1.0, 1.0), flip=False))
+    boxes, flips = draw(crops, 5, height, width, seed=0, epoch=0)
+    made = v2.RandomResizedCrop(8, (1.0, 1.0)).make_params([noise(3, height, width)])
+    assert boxes.tolist() == [[made["top"], made["left"], made["height"], made["width"]]] * 5
+    assert not flips.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "known"),
+    [
+        (transforms.light, True),
+        (transforms.strong, False),
+        (transforms.randaugment, False),
+        (transforms.crop, False),
+        (transforms.subpixel, False),
+        (transforms.none, False),
+    ],
+)
+def test_only_crops_and_flips_are_computed_on_the_device(make, known):
+    assert (crops_of(make(SPEC)) is not None) == known
+
+
+def datamodule(splits, kind, transform=transforms.light, balanced=False, **stands):
+    augmented, cache = transform is not transforms.none, ImageCache(Choice(kind, ("train",)), None)
+    module = DataModule(
+        splits, transform(SPEC), transforms.evaluation(SPEC), 4, 0, 3, balanced,
+        cache=cache, augmented=augmented,
+    )  # fmt: skip
+    module.trainer = Trainer(**stands)
+    module.trainer.max_epochs = 5
+    module.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return module
+
+
+def test_without_augmentation_the_batches_are_those_of_the_cpu(photos):  # noqa: F811
+    for splits in (fake(3, 45, 12), image_folder(str(photos))):  # the photos of many sizes
+        ours, theirs = (
+            stacked(datamodule(splits, kind, transforms.none, epoch=1).train_dataloader())
+            for kind in ("device", "ram")
+        )
+        assert equal(ours, theirs)
+
+
+def test_images_of_several_sizes_cannot_be_cropped_there(photos):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"images of one size .* data\.cache=ram"):
+        datamodule(image_folder(str(photos)), "device").train_dataloader()
+
+
+def test_crops_on_the_device_are_new_in_each_epoch_and_the_same_after_a_resume():
+    splits = fake(3, 45, 12)
+    first = stacked(datamodule(splits, "device").train_dataloader())
+    assert (first[0][0].shape, first[0][0].dtype) == ((4, 3, 8, 8), torch.uint8)
+    second = stacked(datamodule(splits, "device", epoch=1).train_dataloader())
+    assert not equal(first, second)
+    again = datamodule(splits, "device", epoch=1, batch=3)
+    assert equal(stacked(again.train_dataloader()), second[3:])
+    labels = [sorted(torch.cat([y for _, y in batches]).tolist()) for batches in (first, second)]
+    assert labels[0] == labels[1]
+
+
+def test_an_image_that_is_drawn_twice_in_an_epoch_is_cropped_twice():
+    splits = fake(3, 45, 12)
+    module = datamodule(splits, "device", balanced=True)
+    resident = module._resident_images()
+    one, other = resident.batch([(0, 5, 1), (0, 5, 2)])
+    assert not torch.equal(one, other)
+    assert len(stacked(module.train_dataloader())) == 7
+
+
+def test_the_pictures_show_what_the_first_batch_on_the_device_holds():
+    module = datamodule(fake(3, 45, 12), "device")
+    assert torch.equal(module.first_training_images(4), next(iter(module.train_dataloader()))[0])
+
+
+def chosen(*overrides):
+    cfg = plain(*SMALL, *overrides)
+    splits = build.build_splits(cfg)
+    budget = build.build_budget(cfg, len(splits.train), len(splits.val))
+    return build.choose_cache(cfg, splits, SPEC, build.Plan(), budget)
+
+
+def test_what_cannot_live_on_the_device_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"augment=strong is not computed on the device"):
+        chosen("data.cache=device", "augment=strong")
+    monkeypatch.setattr(build, "free_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"take about 3\.46 kB, and 1 kB of the device are free"):
+        chosen("data.cache=device", "augment=light")
+
+
+@pytest.mark.parametrize(
+    ("augment", "total", "kind"),
+    [("light", 10**6, "device"), ("light", 10**4, "none"), ("strong", 10**6, "none")],
+)
+def test_images_in_memory_live_on_a_gpu_with_room(monkeypatch, augment, total, kind):
+    monkeypatch.setattr(build, "on_gpu", lambda cfg: True)
+    monkeypatch.setattr(build, "device_memory", lambda cfg: (0, total))  # a resume finds the same
+    assert chosen(f"augment={augment}").kind == kind
+
+
+def test_a_run_on_the_device_that_crashed_ends_with_the_same_bytes(command, tmp_path, monkeypatch):
+    arguments = [*SMALL, "augment=light", "data.cache=device", "logger=csv"]
+    whole = finish(tmp_path / "whole", *arguments)
+    lost = []
+
+    def on_before_optimizer_step(self, trainer, task, optimizer):
+        if trainer.global_step == 7 and not lost:
+            lost.append(7)
+            raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr(
+        StepCheckpoints, "on_before_optimizer_step", on_before_optimizer_step, raising=False
+    )
+    assert command("train", *arguments, "hydra.run.dir=run").code == 1
+    refused = command("train", "resume=run", "data.cache=ram")
+    assert "data.cache: the run has device, not ram" in refused.err
+    resumed = command("train", "resume=run")
+    assert resumed.code == 0, resumed.err
+    assert "images: 18 of train live on cpu, " in resumed.out
+    assert "images: 6 of val kept in memory as the model sees them" in resumed.out
+    assert facts_of(tmp_path / "run")["images_on_device"] is True
+    assert_same_end(tmp_path / "run", whole)
