@@ -40,7 +40,7 @@ def measure(
     cfg.trainer.profiler = cfg.trainer.val_check_interval = None  # those are of the training
     budget = build.build_budget(cfg, len(splits.train))
     task = build.build_task(cfg, model, budget)  # unbalanced: only training is balanced
-    datamodule = build.build_datamodule(cfg, splits, model, task)
+    datamodule = build.build_datamodule(cfg, splits, model, task, trains=False)
     trainer = build.build_trainer(cfg, run, budget, [*callbacks], loggers=[])
     run_loop = trainer.test if split == "test" else trainer.validate
     run_loop(task, datamodule=datamodule, verbose=False)
