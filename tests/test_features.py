@@ -1,7 +1,7 @@
 """Features of a frozen backbone: the logits of the images, and found only where they are theirs."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,13 @@ from finetune.callbacks import StepCheckpoints
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages
 from finetune.data.image_folder import image_folder
-from finetune.features import Features, Plan
+from finetune.features import Features, Phase, Plan
 from finetune.files import make_room
-from finetune.model import Classifier
+from finetune.model import Activations, Classifier
+from finetune.prefix import Unsplittable
+from finetune.strategies.freeze_until import FreezeUntil
 from finetune.strategies.full import Full
+from finetune.strategies.gradual_unfreeze import GradualUnfreeze
 from finetune.strategies.linear_probe import LinearProbe
 from finetune.strategies.lp_ft import LpFt
 
@@ -64,7 +67,8 @@ def test_features_give_the_logits_of_the_images(folder, net):
         assert torch.equal(found, computed)
         one_by_one = torch.cat([model(image[None]) for image in images])
         # another batch may add in another order
-        torch.testing.assert_close(model(found), one_by_one, rtol=1e-5, atol=1e-6)
+        given = Activations(found, model.depth)
+        torch.testing.assert_close(model(given), one_by_one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -81,10 +85,19 @@ def digest(root, model=None, change=lambda images: images, size=None, batch=64, 
     return store.digest(images, transforms.evaluation(spec), CPU, **kwargs)
 
 
-def moved(model):
+def moved(model, parameter=0):
     with torch.no_grad():
-        next(model.backbone.parameters())[0] += 1e-3
+        [*model.backbone.parameters()][parameter][0] += 1e-3
     return model
+
+
+def test_only_the_layers_before_are_in_the_digest_of_what_they_make(photos):
+    def model():
+        torch.manual_seed(0)
+        return Classifier(build.build_backbone(plain(*PROBE)), ("a", "b"))
+
+    found = [digest(photos, m, layers=2) for m in (model(), moved(model(), -1), moved(model()))]
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_digest_is_the_same_for_the_same(photos):
@@ -100,6 +113,7 @@ def test_the_digest_is_the_same_for_the_same(photos):
         {"precision": "bf16-mixed"},
         {"seed": 0},
         {"batch": 8},
+        {"layers": 2},
     ],
     ids=lambda change: "".join(change),
 )
@@ -190,8 +204,8 @@ def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, caplog):
 
 
 PLANNED = {
-    "frozen": 3, "epochs": 3, "augment": None, "views": None, "mixes": False, "unused": False,
-    "num_bytes": 1000,
+    "phases": [Phase(0, 3, 3)], "depth": 3, "epochs": 3, "augment": None, "views": None,
+    "mixes": False, "several": False, "num_bytes": lambda layers: 1000,
 }  # fmt: skip
 
 
@@ -199,14 +213,14 @@ PLANNED = {
     ("change", "views", "why"),
     [
         ({}, 1, None),
-        ({"frozen": 2}, 1, None),
-        ({"frozen": 0}, 0, None),
-        ({"augment": "light"}, 0, "with augment=none it would be computed once"),
+        ({"phases": [Phase(0, 2, 3)]}, 1, None),
+        ({"phases": []}, 0, None),
+        ({"augment": "light"}, 0, "in each of 3 epochs; with augment=none it would be computed"),
         ({"augment": "light", "views": 4}, 4, None),
         ({"views": 4}, 1, None),
         ({"mixes": True}, 0, "mixup and cutmix blend pixels"),
-        ({"frozen": 2, "unused": True}, 0, "with one device"),
-        ({"num_bytes": 10**15}, 0, "smaller data.fraction"),
+        ({"phases": [Phase(0, 2, 3)], "several": True}, 0, "with one device"),
+        ({"num_bytes": lambda layers: 10**15}, 0, "smaller data.fraction"),
     ],
     ids=str,
 )
@@ -215,7 +229,68 @@ def test_what_stands_in_for_training_images(change, views, why):
     assert found.views == views
     assert (why or "") in (found.why_not or "")
     assert (why is None) == (found.why_not is None)
-    assert found.always == (found.epochs == 3)
+    assert found.always == ([*found.phases] == PLANNED["phases"])
+    # those of val do so whatever becomes of those of training images
+    assert [*found.phases] == [*(PLANNED | change)["phases"]]
+
+
+FROM_TOP = [Phase(0, 2, 3), Phase(2, 3, 2)]  # nothing else ever trains but the last layer
+
+
+def room_for(*layers):
+    return lambda asked: 1000 if asked in layers else 10**15
+
+
+def unsplittable(layers):
+    raise Unsplittable("its forward is odd")
+
+
+@pytest.mark.parametrize(
+    ("change", "phases"),
+    [
+        ({}, FROM_TOP),
+        ({"several": True}, [Phase(0, 3, 2)]),
+        ({"several": True, "phases": FROM_TOP, "epochs": 4}, FROM_TOP[:1]),  # of val alone
+        ({"num_bytes": room_for(1, 3)}, [Phase(0, 2, 3), Phase(2, 3, 1)]),
+        ({"num_bytes": room_for(3)}, FROM_TOP[:1]),
+        ({"phases": FROM_TOP[1:], "num_bytes": unsplittable}, []),
+        ({"augment": "light"}, FROM_TOP[:1]),
+        ({"augment": "light", "views": 2}, FROM_TOP),
+    ],
+    ids=str,
+)
+def test_as_many_frozen_layers_as_can_be_kept_are_computed_once(change, phases):
+    found = features.plan(**PLANNED | {"phases": FROM_TOP} | change)
+    assert [*found.phases] == phases
+    assert not found.always
+    if change.get("num_bytes") is unsplittable:
+        assert "taken apart after 2 layers: its forward is odd" in found.why_not
+
+
+@dataclass
+class Refreeze:
+    """Layer 1 trains in the first epoch alone."""
+
+    def lr_scale(self, layer, depth, epoch):
+        return float(layer == depth or (layer == 1 and epoch == 0))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "phases"),
+    [
+        (Full(), []),
+        (LinearProbe(), [Phase(0, 6, 4)]),
+        (LpFt(Full(), probe_epochs=1), [Phase(0, 1, 4)]),
+        (FreezeUntil(Full(), 2), [Phase(0, 6, 2)]),
+        (FreezeUntil(LpFt(Full(), probe_epochs=2), 1), [Phase(0, 2, 4), Phase(2, 6, 1)]),
+        (GradualUnfreeze(Full(), 2), [Phase(0, 2, 4), Phase(2, 4, 3), Phase(4, 6, 2)]),
+        (GradualUnfreeze(Full(), 1), [Phase(0, 1, 4), Phase(1, 3, 2)]),
+        (Refreeze(), [Phase(0, 6, 1)]),  # what has trained is no longer what it was
+    ],
+    ids=str,
+)
+def test_in_which_epochs_which_layers_have_not_trained_yet(strategy, phases):
+    assert features.frozen_phases(strategy, depth=4, epochs=6) == phases
 
 
 def test_where_features_are_kept(monkeypatch, tmp_path):
@@ -228,16 +303,11 @@ def test_where_features_are_kept(monkeypatch, tmp_path):
     assert features.default_folder() == Path.home() / ".cache" / "finetune" / "features"
 
 
-def test_how_long_a_backbone_is_frozen():
-    frozen = [
-        features.frozen_epochs(strategy, depth=3, epochs=5)
-        for strategy in (Full(), LinearProbe(), LpFt(Full(), probe_epochs=2))
-    ]
-    assert frozen == [0, 5, 2]
+def ends_alike(one, other, frozen, tolerance=1e-5):
+    """Curves and weights within a tolerance: batches of features add in another order.
 
-
-def ends_alike(one, other, tolerance=1e-5):
-    """Curves and weights within a tolerance: batches of features add in another order."""
+    frozen: how the names of weights begin that are the same bit for bit.
+    """
     rows = [
         {(step, name): value for step, name, value in metrics_of(run) if "time/" not in name}
         for run in (one, other)
@@ -246,7 +316,7 @@ def ends_alike(one, other, tolerance=1e-5):
     states = [checkpoint.read(checkpoint.best_path(run)).state_dict for run in (one, other)]
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=tolerance)
-        if name.startswith("backbone.") and "lp_ft" not in str(one):
+        if name.startswith(frozen):
             assert torch.equal(value, states[1][name])
 
 
@@ -255,6 +325,9 @@ def ends_alike(one, other, tolerance=1e-5):
     [
         ("epochs=4", "ema=0.9", "head.dropout=0.2", "data.balance=sampler"),
         ("epochs=4", "strategy=lp_ft", "l2_sp=0.01"),
+        ("epochs=3", "strategy=full", "freeze_until=2", "ema=0.9"),
+        ("epochs=2", "strategy=full", "freeze_until=1", "augment=light", "features.views=2"),
+        ("epochs=4", "strategy=gradual_unfreeze", "strategy.every=2"),
         ("epochs=2", "augment=strong", "features.views=2"),  # as many views as epochs
         ("epochs=2", "augment=strong", "model.target=nets.Swin"),  # val alone
         ("epochs=2", "head.init=ridge", "trainer.accumulate_grad_batches=2"),
@@ -262,12 +335,42 @@ def ends_alike(one, other, tolerance=1e-5):
     ids=" ".join,
 )
 def test_a_run_on_features_is_the_run_on_images(folder, tmp_path, changes):
-    name = "lp_ft" if "strategy=lp_ft" in changes else "run"
-    cached = finish(tmp_path / name, *PROBE, *changes)
+    cached = finish(tmp_path / "run", *PROBE, *changes)
     assert [*folder.iterdir()]
     images = [o for o in changes if not o.startswith("features")]
     plain_run = finish(tmp_path / "images", *PROBE, *images, "features.cache=none")
-    ends_alike(cached, plain_run)
+    layers = ("stem", "stage1") if "strategy=full" in changes else ("",)
+    trains = {"strategy=lp_ft", "strategy=gradual_unfreeze"}.intersection(changes)
+    ends_alike(cached, plain_run, () if trains else tuple(f"backbone.net.{n}" for n in layers))
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs"),
+    [
+        (("freeze_until=2", "epochs=3"), [{0}, {0}, {0, 1, 2}, {0, 1, 2}]),
+        (
+            ("strategy=gradual_unfreeze", "strategy.every=2", "epochs=6"),
+            [{0, 2, 4}, {0, 2, 4}, {0, 2, 4, 5}, {0, 2, 3, 4, 5}],
+        ),
+    ],
+    ids=str,
+)
+def test_frozen_layers_are_computed_in_the_first_epoch_of_a_phase_alone(changes, epochs, tmp_path):
+    cfg = plain(*PROBE, "strategy=full", *changes, f"features.dir={tmp_path}")
+    splits = build.build_splits(cfg)
+    model = build.build_model(cfg, splits.classes)
+    budget = build.build_budget(cfg, len(splits.train), len(splits.val))
+    task = build.build_task(cfg, model, budget)
+    trainer = build.build_trainer(cfg, tmp_path, budget, [], [])
+    datamodule = build.build_datamodule(cfg, splits, model, task)
+    called = [set() for _ in range(model.depth)]
+    for layer, modules in enumerate(model.modules_by_layer()[:-1]):
+        for module in modules:
+            module.register_forward_hook(
+                lambda *_, layer=layer: called[layer].add(trainer.current_epoch)
+            )
+    trainer.fit(task, datamodule=datamodule)
+    assert called == epochs
 
 
 def test_a_second_run_finds_what_the_first_computed(folder, tmp_path):
@@ -280,15 +383,25 @@ def test_a_second_run_finds_what_the_first_computed(folder, tmp_path):
     assert {path: path.read_bytes() for path in folder.iterdir()} == files
 
 
-@pytest.mark.parametrize(("strategy", "lost"), [("linear_probe", "deleted"), ("lp_ft", "kept")])
+@pytest.mark.parametrize(
+    ("changes", "step", "lost"),
+    [
+        (("strategy=linear_probe",), 3, "deleted"),
+        (("strategy=lp_ft",), 3, "kept"),
+        (("strategy=full", "freeze_until=2"), 8, "deleted"),
+        # in the second of two epochs after the same layers, those above have trained by then
+        (("strategy=gradual_unfreeze", "strategy.every=2", "epochs=4", "ema=0.9"), 18, "deleted"),
+    ],
+    ids=str,
+)
 def test_a_run_on_features_that_was_lost_ends_with_the_same_bytes(
-    command, folder, tmp_path, monkeypatch, strategy, lost
+    command, folder, tmp_path, monkeypatch, changes, step, lost
 ):
-    typed = [*PROBE, "epochs=3", f"strategy={strategy}", "checkpoint.every_n_steps=2"]
+    typed = [*PROBE, "epochs=3", *changes, "checkpoint.every_n_steps=2"]
     finish(tmp_path / "whole", *typed)
 
     def power_fails(self, trainer, task, optimizer):
-        if trainer.global_step == 3:
+        if trainer.global_step == step:
             raise RuntimeError("the power is gone")
 
     with monkeypatch.context() as patch:
@@ -306,7 +419,8 @@ def test_a_run_on_features_that_was_lost_ends_with_the_same_bytes(
     [
         (("augment=light",), "augment=light makes new pixels in each of 2 epochs"),
         (("features.views=3",), "features.views=3 has no effect"),
-        (("strategy=full", "features.views=3"), "no epoch trains the head alone"),
+        (("strategy=full", "features.views=3"), "no epoch trains the head alone, and no two"),
+        (("strategy=full", "freeze_until=1", "mixup=1.0"), "mixup and cutmix blend pixels"),
         (("strategy=lp_ft", "trainer.strategy=ddp"), "with one device it would not"),
     ],
     ids=" ".join,

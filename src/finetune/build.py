@@ -174,10 +174,11 @@ def build_datamodule(
 ) -> DataModule:
     """Splits as batches of what the model's weights expect.
 
-    task: given, features stand in for images while its backbone is frozen. budget: given, images
-    that its epochs read again are kept.
+    task: given, features stand in for images while its backbone is frozen. budget: given, it is
+    trained: images that its epochs read again are kept, and activations stand in for images while
+    first layers are frozen.
     """
-    features = build_features(cfg, model, task, len(splits.train))
+    features = build_features(cfg, model, task, splits, trains=budget is not None)
     cache = None
     if budget is not None:
         choice = choose_cache(cfg, splits, model.input_spec, features.plan, budget)
@@ -320,36 +321,40 @@ def tell_of_cores(cfg: DictConfig, workers: int) -> None:
 
 
 def build_features(
-    cfg: DictConfig, model: Classifier, task: Task | None, num_images: int
+    cfg: DictConfig, model: Classifier, task: Task | None, splits: Splits, trains: bool
 ) -> Features:
-    """Where features are kept, and what they stand in for. num_images: of train."""
+    """Where features are kept, and what they stand in for. task, trains: of build_datamodule."""
     kept = cfg.features.cache != "none"
     typed = cfg.features.dir
     folder = Path(typed).expanduser() if typed else features.default_folder()
     plan = Plan()
     if task is not None and kept and not is_sharded(cfg):
         is_ddp = "ddp" in str(cfg.trainer.get("strategy"))
-        frozen = features.frozen_epochs(task.strategy_, model.depth, task.epochs)
+        phases = features.frozen_phases(task.strategy_, model.depth, task.epochs)
+        num_images = len(splits.train) + len(splits.val or ())
         plan = features.plan(
-            frozen,
+            [phase for phase in phases if trains or phase.layers == model.depth],
+            model.depth,
             task.epochs,
             augment=make(cfg.augment).func.__name__ if is_random(cfg) else None,
             views=cfg.features.views,
             mixes=bool(cfg.mixup or cfg.cutmix),
-            unused=frozen < task.epochs and (num_devices(cfg) > 1 or is_ddp),
-            num_bytes=4 * num_images * model.backbone.num_features * ranks_here(cfg),
+            several=num_devices(cfg) > 1 or is_ddp,
+            num_bytes=lambda n: 4 * num_images * model.num_activations(n) * ranks_here(cfg),
         )
     threads = num_threads(ranks_here(cfg))
     return Features(model, folder if kept else None, cfg.batch_size, plan, threads)
 
 
 def tell_of_features(cfg: DictConfig, plan: Plan) -> None:
-    """Tell why a frozen backbone is computed again and again, and of views that nobody sees."""
+    """Tell why frozen layers are computed again and again, and of views that nobody sees."""
     if plan.why_not:
-        log.info("features: the frozen backbone is computed in every epoch: %s", plan.why_not)
+        log.info("features: what is frozen is computed in every epoch: %s", plan.why_not)
     views = cfg.features.views
     if views is not None and not (plan.views and plan.augmented):
-        why = "no epoch trains the head alone" if not plan.epochs else "training sees no views"
+        why = "training sees no views"
+        if not plan.phases and not plan.why_not:
+            why = "no epoch trains the head alone, and no two freeze the same layers"
         if cfg.features.cache == "none" or is_sharded(cfg):
             why = "none are kept with features.cache=none, nor with trainer.strategy=fsdp"
         log.warning("features.views=%s has no effect: %s", views, why)

@@ -20,12 +20,14 @@ from finetune.data.resident import ResidentImages, crops_of
 from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
-from finetune.features import FeatureLoader, Features, Plan, Ranks, Wheres
+from finetune.features import FeatureLoader, Features, Plan, Ranks, Stored, Wheres
 from finetune.files import readable
+from finetune.model import Activations
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
+# images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
+Batch = tuple[Tensor, Tensor]
 Sample = tuple[Tensor, int | Tensor]
 Keep = Callable[[], tuple[LabelledImages, Transform]]
 EVALUATED_AT_ONCE = 4096  # features: a head alone takes little memory
@@ -151,9 +153,9 @@ class DataModule(L.LightningDataModule):
 
     batch_size: per device. eval_batch_size: of val and test. num_workers: processes that read.
     balanced: training draws every class equally often, and rare images more than once an epoch.
-    features: what stands in for images while the backbone is frozen; a batch then holds float
-    (B, D) in their place. cache: keeps images from one epoch to the next. augmented: whether the
-    training transform draws random numbers.
+    features: what stands in for images while layers are frozen; a batch then holds Activations in
+    their place. cache: keeps images from one epoch to the next. augmented: whether the training
+    transform draws random numbers.
     """
 
     def __init__(
@@ -173,7 +175,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.features, self.cache, self.augmented = features, cache, augmented
         self._resident: ResidentImages | None = None
-        self._held: dict[str, Tensor] = {}  # (views, N, D) by split
+        self._held: dict[str, Activations] = {}  # (views, N, ...) by split
         self.splits, self.balanced = splits, balanced
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.seed = batch_size, seed
@@ -207,7 +209,7 @@ class DataModule(L.LightningDataModule):
             loader.prepare()  # before the training begins: a signal then stops it at once
             return loader
         batches: Any = loader.batch_sampler
-        return FeatureLoader(loader, batches, labels_of(images), self._training_features)
+        return FeatureLoader(loader, labels_of(images), lambda: self._training_features(batches))
 
     def val_dataloader(self) -> LazyLoader | FeatureLoader:
         """In order, without augmentation."""
@@ -261,12 +263,11 @@ class DataModule(L.LightningDataModule):
             )  # fmt: skip
         return self._resident
 
-    def _training_features(self) -> Tensor | None:
+    def _training_features(self, batches: EpochBatches) -> Stored | None:
         """Of all views, in the epochs that they stand in for images."""
         assert self.features is not None
-        plan = self.plan
-        if self._where()[0] >= plan.epochs:
-            self._held.clear()
+        plan, layers = self.plan, self._layers_at(self._where()[0])
+        if not layers:
             return None
         if "train" not in self._held:
             if plan.augmented:
@@ -274,43 +275,59 @@ class DataModule(L.LightningDataModule):
             else:
                 transform, seed, views = self.eval_transform, None, 1
             found = [
-                self._features_of("train", self.splits.train, transform, seed, view)
+                self._features_of("train", self.splits.train, transform, layers, seed, view)
                 for view in range(views)
             ]
-            self._held["train"] = torch.stack(found) if views > 1 else found[0][None]
+            values = torch.stack(found) if views > 1 else found[0][None]
+            self._held["train"] = Activations(values, layers)
             head = sum(weight.numel() for weight in self.features.model.head.parameters())
             if plan.always and head < SMALL_HEAD:
                 torch.set_num_threads(1)
-        return self._held["train"]
+        return self._held["train"], batches
 
     def _evaluated(self, name: str, images: LabelledImages) -> LazyLoader | FeatureLoader:
         loader = self._loader(name, images, self.eval_transform)
-        if not self.plan.epochs:
+        if not self.plan.phases:
             loader.prepare()
             return loader
-        assert self.trainer is not None
-        ranks = self.trainer.global_rank, self.trainer.world_size
-        limited = getattr(self.trainer, f"limit_{name}_batches") != 1.0  # to some of this size
-        size = self.eval_batch_size if limited else EVALUATED_AT_ONCE
-        batches = EpochBatches(len(images), size, 0, False, *ranks)
-        features = partial(self._evaluated_features, name, images)
-        return FeatureLoader(loader, batches, labels_of(images), features)
+        batches: Any = loader.batch_sampler
+        stored = partial(self._evaluated_features, name, images, batches)
+        return FeatureLoader(loader, labels_of(images), stored)
 
-    def _evaluated_features(self, name: str, images: LabelledImages) -> Tensor | None:
-        """Of a split, while the backbone is what it was at the start."""
+    def _evaluated_features(
+        self, name: str, images: LabelledImages, batches: EpochBatches
+    ) -> Stored | None:
+        """Of a split, while the layers that make them are what they were at the start."""
         assert self.trainer is not None
-        plan, fitting = self.plan, self.trainer.state.fn == TrainerFn.FITTING
-        if not plan.always and not (fitting and self.trainer.current_epoch < plan.epochs):
+        assert self.features is not None
+        trainer, depth = self.trainer, self.features.model.depth
+        if trainer.state.fn == TrainerFn.FITTING:
+            layers = self._layers_at(trainer.current_epoch)
+        else:  # one look is worth features, which are few and may be there, and no more
+            layers = depth if self.plan.always else 0
+        if not layers:
             return None
         if name not in self._held:
-            self._held[name] = self._features_of(name, images, self.eval_transform)[None]
-        return self._held[name]
+            values = self._features_of(name, images, self.eval_transform, layers)[None]
+            self._held[name] = Activations(values, layers)
+        limited = getattr(trainer, f"limit_{name}_batches") != 1.0  # to some of this size
+        if layers == depth and not limited:
+            ranks = trainer.global_rank, trainer.world_size
+            batches = EpochBatches(len(images), EVALUATED_AT_ONCE, 0, False, *ranks)
+        return self._held[name], batches
+
+    def _layers_at(self, epoch: int) -> int:
+        """Layers whose activations stand in for images; those after other layers are let go."""
+        layers = self.plan.layers_at(epoch)
+        self._held = {name: a for name, a in self._held.items() if a.layers == layers}
+        return layers
 
     def _features_of(
         self,
         name: str,
         images: LabelledImages,
         transform: Transform,
+        layers: int,
         seed: int | None = None,
         view: int = 0,
     ) -> Tensor:
@@ -328,6 +345,7 @@ class DataModule(L.LightningDataModule):
             Ranks(trainer.global_rank, trainer.world_size, trainer.strategy),
             str(trainer.precision),
             trainer.precision_plugin.forward_context,
+            layers,
         )
 
     def _some(

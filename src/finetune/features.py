@@ -1,4 +1,4 @@
-"""What a frozen backbone makes of images: computed once, and found again by later runs."""
+"""What frozen layers make of images: computed once, and found again by later runs."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
 from finetune.files import cache_folder, make_room, readable
 from finetune.machine import total_memory
-from finetune.model import Classifier
+from finetune.model import Activations, Classifier
+from finetune.prefix import Unsplittable
 from finetune.strategies import Strategy
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 BATCH = 64  # images; fixed: another composition of batches may change a last bit
 MOST_ON_DISK = 20e9  # bytes of all files; those that were not read for longest go first
 MOST_ON_DEVICE = 1e9  # bytes; more stay in the machine's memory
@@ -36,67 +37,134 @@ SAME = 0.01  # of the largest feature: further apart is another network, not ano
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Wheres = list[tuple[int, ...]]  # (view or epoch, position in the split, ...) for each image
+Stored = tuple[Activations, Iterable[Wheres]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs in which the same layers are frozen, and were from the start.
+
+    end: the first epoch that is not in it. layers: so many, from the stem up.
+    """
+
+    first: int
+    end: int
+    layers: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """What stands in for images.
 
-    epochs: the first so many, in which no layer of the backbone trains. views: of each training
-    image: 1 without augmentation; 0: training sees images. always: the backbone never trains, so
-    that features serve after the training too. why_not: why views is 0, where that can be changed.
+    phases: in which epochs, and after how many layers. views: of each training image: 1 without
+    augmentation; 0: training sees images. always: the backbone never trains, so that features serve
+    after the training too. why_not: why views is 0, where that can be changed.
     """
 
-    epochs: int = 0
+    phases: tuple[Phase, ...] = ()
     views: int = 0
     augmented: bool = False
     always: bool = False
     why_not: str | None = None
 
+    @property
+    def epochs(self) -> int:
+        """How many epochs see them."""
+        return sum(phase.end - phase.first for phase in self.phases)
 
-def frozen_epochs(strategy: Strategy, depth: int, epochs: int) -> int:
-    """How many epochs pass before a layer of the backbone trains; at most all of the run's."""
+    def layers_at(self, epoch: int) -> int:
+        """Layers whose activations stand in for images in an epoch; 0 for images."""
+        return next((p.layers for p in self.phases if p.first <= epoch < p.end), 0)
+
+
+def frozen_phases(strategy: Strategy, depth: int, epochs: int) -> list[Phase]:
+    """Epochs in which the same first layers have not trained yet, and are worth computing once.
+
+    A part of the backbone is if it serves two epochs: its activations take an epoch to compute, and
+    room. Layers that are frozen for fewer are counted with those that are frozen longer. All of the
+    backbone always is: its features take little room, and later runs find them.
+    """
+    phases: list[Phase] = []
+    frozen = depth
     for epoch in range(epochs):
-        if any(strategy.lr_scale(layer, depth, epoch) > 0 for layer in range(depth)):
-            return epoch
-    return epochs
+        trains = (layer for layer in range(frozen) if strategy.lr_scale(layer, depth, epoch) > 0)
+        frozen = next(trains, frozen)
+        if not frozen:
+            break
+        first = epoch
+        if phases and (phases[-1].layers == frozen or is_short(phases[-1], depth)):
+            first = phases.pop().first
+        phases.append(Phase(first, epoch + 1, frozen))
+    return [phase for phase in phases if not is_short(phase, depth)]
+
+
+def is_short(phase: Phase, depth: int) -> bool:
+    """Whether nothing is won in it."""
+    return phase.end - phase.first < 2 and phase.layers < depth
 
 
 def plan(
-    frozen: int,
+    phases: Sequence[Phase],
+    depth: int,
     epochs: int,
     augment: str | None,
     views: int | None,
     mixes: bool,
-    unused: bool,
-    num_bytes: int,
+    several: bool,
+    num_bytes: Callable[[int], int],
 ) -> Plan:
-    """Decide whether features stand in for training images.
+    """Decide what stands in for training images, and when.
 
-    frozen: epochs before the backbone trains, of epochs. augment: its name; None for none. mixes:
-    mixup or cutmix. unused: several devices, and a backbone that trains later. num_bytes: of one
-    view of the training images' features.
+    phases: of frozen layers, of depth, in epochs. augment: its name; None for none. mixes: mixup or
+    cutmix. several: devices. num_bytes: of the activations of all images, once each, after so many
+    layers; raises Unsplittable.
     """
-    augmented, always = augment is not None, frozen == epochs
-    if not frozen:
+    augmented, always = augment is not None, [*phases] == [Phase(0, epochs, depth)]
+    if not phases:
         return Plan()
-    why, memory = None, total_memory()
+    why = None
     num = (views or 1) if augmented else 1
+    if several and phases[-1].end == epochs:
+        phases = [Phase(0, epochs, phases[-1].layers)]  # what never trains has no gradients
     if mixes:
         why = "mixup and cutmix blend pixels; without them it would be computed once"
     elif augmented and views is None:
+        most = max(phase.end - phase.first for phase in phases)
         why = (
-            f"augment={augment} makes new pixels in each of {frozen} epochs; with augment=none it "
+            f"augment={augment} makes new pixels in each of {most} epochs; with augment=none it "
             "would be computed once, with features.views=4 four times"
         )
-    elif unused:
+    elif several and phases[-1].end < epochs:
         why = "DDP waits for gradients of all that trains later; with one device it would not"
-    elif memory and num * num_bytes > SHARE_OF_MEMORY * memory:
-        why = (
-            f"the features would take {readable(num * num_bytes)} of {readable(memory)}; type a "
-            "smaller data.fraction" + " or features.views" * (num > 1)
+    else:
+        found = [fitting(phase, num, num_bytes) for phase in phases]
+        if fit := tuple(phase for phase in found if isinstance(phase, Phase)):
+            return Plan(fit, num, augmented, always)
+        why = next(reason for reason in found if isinstance(reason, str))
+    # the features of val alone are worth it: they are few, and take next to no memory
+    whole = tuple(phase for phase in phases if phase.layers == depth)
+    return Plan(whole, 0, augmented, always, why)
+
+
+def fitting(phase: Phase, num: int, num_bytes: Callable[[int], int]) -> Phase | str:
+    """The phase with the most layers whose activations fit into memory, or why there is none.
+
+    num: views of each image. num_bytes: as in plan.
+    """
+    memory, reasons = total_memory(), []
+    for layers in range(phase.layers, 0, -1):
+        try:
+            needed = num * num_bytes(layers)
+        except Unsplittable as error:
+            reasons.append(f"the network cannot be taken apart after {layers} layers: {error}")
+            continue
+        if memory is None or needed <= SHARE_OF_MEMORY * memory:
+            return replace(phase, layers=layers)
+        reasons.append(
+            f"the features would take {readable(needed)} of {readable(memory)}; type a smaller "
+            "data.fraction" + " or features.views" * (num > 1)
         )
-    return Plan(frozen, 0 if why else num, augmented, always, why)
+    return reasons[0]
 
 
 @contextmanager
@@ -125,21 +193,15 @@ def threads(num: int) -> Iterator[None]:
 
 
 class FeatureLoader:
-    """The batches of a loader, with features in place of images while they stand in for them.
+    """The batches of a loader, with activations in place of images while they stand in for them.
 
-    features: of a split, (views, N, D), or None; asked when the first batch is drawn. labels: of
-    the split, in its order. sampler: of the same batches, or of larger ones in an evaluation.
+    labels: of the split, in its order. stored: activations of the split, (views, N, ...), and the
+    batches to make of them: those of the loader, or larger ones in an evaluation; or None. Asked
+    when the first batch is drawn.
     """
 
-    def __init__(
-        self,
-        images: Any,
-        sampler: Iterable[Wheres],
-        labels: Tensor,
-        features: Callable[[], Tensor | None],
-    ) -> None:
-        self.images, self.sampler, self.labels, self.features = images, sampler, labels, features
-
+    def __init__(self, images: Any, labels: Tensor, stored: Callable[[], Stored | None]) -> None:
+        self.images, self.labels, self.stored = images, labels, stored
         self.batch_sampler = images.batch_sampler  # Lightning looks whether it shuffles
 
     def __len__(self) -> int:
@@ -150,19 +212,20 @@ class FeatureLoader:
         """Seconds that were spent on images; features are there."""
         return float(self.images.waited)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        features = self.features()
-        if features is None:
+    def __iter__(self) -> Iterator[tuple[Tensor | Activations, Tensor]]:
+        stored = self.stored()
+        if stored is None:
             yield from self.images
             return
-        views, num_images = features.shape[:2]
-        flat, labels = features.flatten(0, 1), self.labels.to(features.device)
-        for wheres in self.sampler:
-            positions = torch.tensor([where[1] for where in wheres], device=features.device)
+        (values, layers), batches = stored
+        views, num_images = values.shape[:2]
+        flat, labels = values.flatten(0, 1), self.labels.to(values.device)
+        for wheres in batches:
+            positions = torch.tensor([where[1] for where in wheres], device=values.device)
             # an image that comes again in an epoch is seen in another view
             turns = [(where[0] + sum(where[2:])) % views for where in wheres]
-            rows = positions + num_images * torch.tensor(turns, device=features.device)
-            yield flat[rows], labels[positions]
+            rows = positions + num_images * torch.tensor(turns, device=values.device)
+            yield Activations(flat[rows], layers), labels[positions]
 
 
 @dataclass(frozen=True)
@@ -180,7 +243,7 @@ class Ranks:
         return bool(self.strategy.reduce_boolean_decision(found, all=True))
 
     def gather(self, features: Tensor) -> Tensor:
-        """Of (B, D) on each rank, (world_size, B, D)."""
+        """Of (B, ...) on each rank, (world_size, B, ...)."""
         if self.world_size == 1:
             return features[None]
         gathered: Tensor = self.strategy.all_gather(features.to(self.strategy.root_device))
@@ -188,7 +251,7 @@ class Ranks:
 
 
 class Features:
-    """Features of one backbone as long as it does not change.
+    """Features of one backbone, and activations in it, as long as what makes them is frozen.
 
     folder: of the files; None keeps them in memory alone. num_threads: that compute them, while
     fewer may do for the head.
@@ -206,7 +269,7 @@ class Features:
         self.num_threads = num_threads
         # enough memory where little is left for training; the same for all usual sizes
         self.batch_size = min(BATCH, 4 * batch_size)
-        self._weights: str | None = None
+        self._weights: dict[int, str] = {}  # digests by number of layers
 
     def of(
         self,
@@ -220,16 +283,19 @@ class Features:
         ranks: Ranks | None = None,
         precision: str = "32-true",
         context: Callable[[], AbstractContextManager[Any]] | None = None,
+        layers: int | None = None,
     ) -> Tensor:
-        """(N, D), on the device if it is not too large; model is there already.
+        """(N, D), or activations (N, ...), on the device if not too large; model is there already.
 
         name: for messages. load: gives the images (B, 3, S, S) of each batch. seed: of the
-        augmentation; None for none. context: the precision's forward pass.
+        augmentation; None for none. context: the precision's forward pass. layers: of the backbone,
+        from 1; None for all.
         """
         began, ranks = time.perf_counter(), ranks or Ranks()
-        digest = self.digest(images, transform, device, seed, view, precision)
+        layers = layers or self.model.depth
+        digest = self.digest(images, transform, device, seed, view, precision, layers)
         path = self.folder and digest and self.folder / f"{digest}.pt"
-        run = self._runner(load, device, context)
+        run = self._runner(load, device, context, layers)
         found = self._read(path, len(images), run, view) if path else None
         if not ranks.all_agree(found is not None):
             found = None
@@ -239,9 +305,11 @@ class Features:
             how = f"computed in {time.perf_counter() - began:.1f} s"
             if path and ranks.rank == 0:
                 write(path, found)
+        depth = self.model.depth
+        after = "" if layers == depth else f" after {layers} of {depth} layers"
         log.info(
-            "features: %s images of %s%s, %d values each, %s",
-            f"{len(images):,}", name, "" if seed is None else f", view {view}", found.shape[1], how,
+            "features%s: %s images of %s%s, %d values each, %s", after, f"{len(images):,}", name,
+            "" if seed is None else f", view {view}", found[0].numel(), how,
         )  # fmt: skip
         return found.to(device) if found.nbytes < MOST_ON_DEVICE else found
 
@@ -253,18 +321,21 @@ class Features:
         seed: int | None = None,
         view: int = 0,
         precision: str = "32-true",
+        layers: int | None = None,
     ) -> str | None:
         """Of all that the features depend on; None where the images cannot be told from others."""
         backbone, files = self.model.backbone, images.fingerprint()
         if files is None:
             return None
-        if self._weights is None:
-            self._weights = averaging.digest(backbone.state_dict())
+        layers = layers or self.model.depth
+        if layers not in self._weights:
+            self._weights[layers] = averaging.digest(self.model.state_of_layers(layers))
         parts = {
             "code": (FORMAT, *versions()),
             "backbone": backbone.recipe,
             "input": asdict(backbone.input_spec),
-            "weights": self._weights,
+            "layers": layers,
+            "weights": self._weights[layers],
             "transform": repr(transform),
             "images": files,
             "augmentation": None if seed is None else (seed, view),
@@ -278,15 +349,16 @@ class Features:
         load: Callable[[Sequence[Wheres]], Batches],
         device: torch.device,
         context: Callable[[], AbstractContextManager[Any]] | None,
+        layers: int,
     ) -> Callable[[Sequence[Wheres]], Iterator[Tensor]]:
         def run(batches: Sequence[Wheres]) -> Iterator[Tensor]:
             for images, _ in load(batches):
                 with evaluating(self.model), threads(self.num_threads):
                     if context is None:
-                        features = self.model.features(images.to(device))
+                        features = self.model.activations(images.to(device), layers)
                     else:
                         with context():
-                            features = self.model.features(images.to(device))
+                            features = self.model.activations(images.to(device), layers)
                 yield features.cpu()
 
         return run
@@ -309,8 +381,8 @@ class Features:
         for turn in range(rounds):
             own = next(computed, None) if turn < max(1, len(mine)) else None
             if turn == 0 and own is not None:
-                features = own.new_empty(num_images, own.shape[1])
-            padded = features.new_zeros(size, features.shape[1])
+                features = own.new_empty(num_images, *own.shape[1:])
+            padded = features.new_zeros(size, *features.shape[1:])
             if own is not None:
                 padded[: len(own)] = own
             for rank, theirs in enumerate(ranks.gather(padded)):
@@ -338,10 +410,10 @@ class Features:
         except (CheckpointError, KeyError) as error:
             log.warning("features are computed again: %s", error)
             return None
-        if features.shape != (num_images, self.model.backbone.num_features):
-            return None
         ends: Wheres = [(view, 0), (view, num_images - 1)]
         now = next(iter(run([ends])))
+        if features.shape != (num_images, *now.shape[1:]):
+            return None
         then = features[[0, num_images - 1]]
         if not torch.allclose(now, then, rtol=0.0, atol=SAME * float(now.abs().max())):
             log.info("features are computed again: the code has changed since %s", path)
@@ -363,6 +435,9 @@ def versions() -> list[str]:
 def write(path: Path, features: Tensor) -> None:
     """Keep features if there is room; files that were not read for longest make some."""
     try:
+        if features.nbytes > MOST_ON_DISK:
+            log.info("features are not kept: they take %s", readable(features.nbytes))
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < 2 * features.nbytes:
             log.info("features are not kept: %s has no room for them", path.parent)

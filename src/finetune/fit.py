@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def train_and_test(
             "world_size": trainer.world_size,
             "threads": torch.get_num_threads(),
             "images_on_device": parts.datamodule.on_device,
-            "features": {"epochs": plan.epochs, "views": plan.views},
+            "features": {"phases": [[*astuple(p)] for p in plan.phases], "views": plan.views},
         }
         config = OmegaConf.to_container(cfg, resolve=True)
         if cfg.resume and "recipe" in record.facts:  # it was begun

@@ -1,5 +1,7 @@
 """The layers of any network, stem first: what strategies freeze and scale."""
 
+from collections.abc import Mapping, Sequence
+
 from torch import nn
 
 
@@ -23,6 +25,14 @@ def layer_of_parameter(net: nn.Module) -> dict[str, int]:
         for name, _ in module.named_parameters()
     }
     return {name: layer_of.get(name, 0) for name, _ in net.named_parameters()}
+
+
+def layer_at(layers: Sequence[Mapping[str, nn.Module]], name: str) -> int:
+    """Layer of a module, parameter or buffer by its name: 0 for one outside of their modules."""
+    for layer, modules in enumerate(layers):
+        if any(f"{name}.".startswith(f"{module}.") for module in modules):
+            return layer
+    return 0
 
 
 def _joined(parts: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:

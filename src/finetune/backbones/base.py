@@ -62,8 +62,12 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, D); a feature map that is left is averaged over its pixels."""
-        features: Tensor = self.net(images)
-        return features.mean(dim=(2, 3)) if features.ndim == 4 else features
+        return pooled(self.net(images))
+
+
+def pooled(features: Tensor) -> Tensor:
+    """(B, D) of what a headless network gives: (B, D), or a feature map (B, D, H, W)."""
+    return features.mean(dim=(2, 3)) if features.ndim == 4 else features
 
 
 def split_head(net: nn.Module) -> tuple[int, str]:
