@@ -288,6 +288,9 @@ def test_how_large_images_are_is_known_before_they_are_decoded(photos, tmp_path)
     many = LabelledImages.of(ImageFiles([one] * 1000), [0] * 1000)
     assert decoded_bytes(many) == int(cache.MARGIN * 1000 * images[0][0].nbytes)
     assert decoded_bytes(LabelledImages.of(ImageFiles([Path("gone.jpg")]), [0])) == 0
+    huge = tmp_path / "huge.png"  # Pillow would warn of it
+    Image.new("1", (10_000, 9_000)).save(huge)
+    assert decoded_bytes(LabelledImages.of(ImageFiles([huge]), [0])) == 3 * 90_000_000
 
 
 def chosen(photos, *overrides, plan=None, epochs=3, memory=8 * GB):

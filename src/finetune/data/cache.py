@@ -18,10 +18,10 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor
 
 from finetune.data.base import ImageFiles, LabelledImages
+from finetune.data.read import num_pixels
 from finetune.data.scan import alone
 from finetune.data.transforms import Transform
 from finetune.errors import ConfigError, DataError
@@ -119,13 +119,9 @@ def decoded_bytes(images: LabelledImages) -> int:
 
 def _decoded_bytes(images: LabelledImages, position: int) -> int | None:
     """None for an image that cannot be read."""
-    if isinstance(images.images, ImageFiles):
-        try:
-            with Image.open(images.images.paths[images.indices[position]]) as opened:
-                return 3 * opened.width * opened.height
-        except Exception:  # Pillow's readers raise nearly anything on a damaged file
-            return None
     try:
+        if isinstance(images.images, ImageFiles):
+            return 3 * num_pixels(images.images.paths[images.indices[position]])
         return images[position][0].nbytes
     except DataError:
         return None

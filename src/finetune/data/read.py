@@ -87,6 +87,12 @@ def check_image(path: Path, max_pixels: int) -> tuple[int, bytes]:
         return _decoded(data, max_pixels)[0].numel(), blake2b(data, digest_size=16).digest()
 
 
+def num_pixels(path: Path) -> int:
+    """Pixels of an image by its header, whatever their number. BadImage as read_image has it."""
+    with _told_of(path), _opened(path) as image:
+        return image.width * image.height
+
+
 class _Unreadable(Exception):
     """kind and why, as in BadImage."""
 
@@ -208,13 +214,14 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _opened(data: bytes) -> Image.Image:
-    """The image, of which only the header was read."""
+def _opened(source: bytes | Path) -> Image.Image:
+    """The image in bytes or a file, of which only the header was read."""
     # Pillow's own limit is one for the whole process, and it warns by itself; ours follows at once
     with _opening:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data), formats=_FORMATS)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            return Image.open(file, formats=_FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
