@@ -222,7 +222,6 @@ PLANNED = {
         ({"phases": [Phase(0, 2, 3)], "several": True}, 0, "with one device"),
         ({"num_bytes": lambda layers: 10**15}, 0, "smaller data.fraction"),
     ],
-    ids=str,
 )
 def test_what_stands_in_for_training_images(change, views, why):
     found = features.plan(**PLANNED | change)
@@ -257,7 +256,6 @@ def unsplittable(layers):
         ({"augment": "light"}, FROM_TOP[:1]),
         ({"augment": "light", "views": 2}, FROM_TOP),
     ],
-    ids=str,
 )
 def test_as_many_frozen_layers_as_can_be_kept_are_computed_once(change, phases):
     found = features.plan(**PLANNED | {"phases": FROM_TOP} | change)
@@ -325,9 +323,9 @@ def ends_alike(one, other, frozen, tolerance=1e-5):
     [
         ("epochs=4", "ema=0.9", "head.dropout=0.2", "data.balance=sampler"),
         ("epochs=4", "strategy=lp_ft", "l2_sp=0.01"),
-        ("epochs=3", "strategy=full", "freeze_until=2", "ema=0.9"),
-        ("epochs=2", "strategy=full", "freeze_until=1", "augment=light", "features.views=2"),
-        ("epochs=4", "strategy=gradual_unfreeze", "strategy.every=2"),
+        ("epochs=2", "strategy=full", "freeze_until=2", "augment=light", "features.views=2"),
+        # a rest with dropout and stochastic depth draws the same random numbers
+        ("epochs=4", "strategy=gradual_unfreeze", "strategy.every=2", "model.target=nets.Swin"),
         ("epochs=2", "augment=strong", "features.views=2"),  # as many views as epochs
         ("epochs=2", "augment=strong", "model.target=nets.Swin"),  # val alone
         ("epochs=2", "head.init=ridge", "trainer.accumulate_grad_batches=2"),

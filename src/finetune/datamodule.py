@@ -26,8 +26,8 @@ from finetune.model import Activations
 
 log = logging.getLogger(__name__)
 
-# images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor]  # images uint8 (B, 3, S, S); int64 (B,) or, multi-label, float (B, K)
+Given = tuple[Tensor | Activations, Tensor]  # what a task gets: activations may stand in for images
 Sample = tuple[Tensor, int | Tensor]
 Keep = Callable[[], tuple[LabelledImages, Transform]]
 EVALUATED_AT_ONCE = 4096  # features: a head alone takes little memory
@@ -266,7 +266,8 @@ class DataModule(L.LightningDataModule):
     def _training_features(self, batches: EpochBatches) -> Stored | None:
         """Of all views, in the epochs that they stand in for images."""
         assert self.features is not None
-        plan, layers = self.plan, self._layers_at(self._where()[0])
+        plan, layers = self.plan, self.plan.layers_at(self._where()[0])
+        self._let_go_but(layers)
         if not layers:
             return None
         if "train" not in self._held:
@@ -302,9 +303,10 @@ class DataModule(L.LightningDataModule):
         assert self.features is not None
         trainer, depth = self.trainer, self.features.model.depth
         if trainer.state.fn == TrainerFn.FITTING:
-            layers = self._layers_at(trainer.current_epoch)
+            layers = self.plan.layers_at(trainer.current_epoch)
         else:  # one look is worth features, which are few and may be there, and no more
             layers = depth if self.plan.always else 0
+        self._let_go_but(layers)
         if not layers:
             return None
         if name not in self._held:
@@ -316,11 +318,9 @@ class DataModule(L.LightningDataModule):
             batches = EpochBatches(len(images), EVALUATED_AT_ONCE, 0, False, *ranks)
         return self._held[name], batches
 
-    def _layers_at(self, epoch: int) -> int:
-        """Layers whose activations stand in for images; those after other layers are let go."""
-        layers = self.plan.layers_at(epoch)
+    def _let_go_but(self, layers: int) -> None:
+        """Hold what so many layers make of images, and no longer what others did."""
         self._held = {name: a for name, a in self._held.items() if a.layers == layers}
-        return layers
 
     def _features_of(
         self,

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from finetune.data.mix import mix
 from finetune.data.sampler import stable_hash
-from finetune.datamodule import Batch
+from finetune.datamodule import Given
 from finetune.model import Classifier
 from finetune.param_groups import param_groups
 from finetune.strategies import Strategy
@@ -181,15 +181,17 @@ class Task(L.LightningModule):
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def mixed(self, batch: Batch, batch_idx: int) -> Batch:
+    def mixed(self, batch: Given, batch_idx: int) -> Given:
         """The batch as mixup and cutmix make it: float targets (B, K); untouched without them.
 
         Drawn from (seed, rank, epoch, batch): a run that was resumed mixes as the other did.
         """
         if not (self.mixup or self.cutmix):
             return batch
+        images, targets = batch
+        assert isinstance(images, Tensor)  # features.plan sees to it
         seed = stable_hash("mix", self.seed, self.global_rank, self.current_epoch, batch_idx)
-        return mix(*batch, len(self.model.classes), self.mixup, self.cutmix, seed)
+        return mix(images, targets, len(self.model.classes), self.mixup, self.cutmix, seed)
 
     def pull_to_start(self) -> Tensor:
         """l2_sp / 2 * ||w - w0||^2 over what trains of the backbone; w0: what it was built with.

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from finetune.data.balance import Balance, class_weights, log_priors
-from finetune.datamodule import Batch
+from finetune.datamodule import Given
 from finetune.metrics import classification_metrics
 from finetune.tasks.base import Task
 
@@ -72,7 +72,7 @@ class Classification(Task):
         """All that is measured on one split."""
         return SplitMetrics(split, len(self.model.classes))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Given, batch_idx: int) -> Tensor:
         """What is minimised: the loss of a batch, and the pull of l2_sp."""
         images, targets = self.mixed(batch, batch_idx)
         logits = self.model(images)
@@ -86,11 +86,11 @@ class Classification(Task):
             self.log_step(values | self.train_values(logits.detach(), targets), self.global_step)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Given, batch_idx: int) -> None:
         """Update the metrics of val."""
         self.val_metrics.update(self.model(batch[0]), batch[1])
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Given, batch_idx: int) -> None:
         """Update the metrics of test."""
         self.test_metrics.update(self.model(batch[0]), batch[1])
 
