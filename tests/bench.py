@@ -41,8 +41,7 @@ from finetune.machine import total_memory, usable_cores
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 FILE = ROOT / "docs" / "benchmark.md"
-WORKERS = (0, 1, 2)  # of the plain loop, whose best counts
-EVERYTHING = ("recipe=textbook", "strategy=full", "augment=light")
+EVERYTHING = ("recipe=textbook", "strategy=full")
 SHARED = "FINETUNE_SHARED_DATA"  # a folder that may hold cifar10.tar.xz
 MANY = 100_000  # files of which the time per epoch is measured
 
@@ -164,18 +163,25 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
 
 @dataclass
 class Size:
-    """How much is measured. seconds: of each training. large_batch: at 224 px."""
+    """How much is measured. seconds: of each training, or steps. large_batch: at 224 px.
+
+    pixels: of the images that are trained on. workers: of the plain loop, whose best counts.
+    """
 
     rounds: int = 3
     seconds: float = 10.0
     batch: int = 64
+    steps: int | None = None
     large_batch: int = 32
+    pixels: tuple[int, ...] = (64, 32)
+    workers: tuple[int, ...] = (0, 1, 2)
+    frozen: tuple[int, ...] = (2, 4)  # layers
     images: int = 5000
     large_images: int = 600
-    steps: int = 220  # in which a checkpoint of every 200 steps falls
+    watched: int = 220  # steps, in which a checkpoint of every 200 falls
     starts: int = 7
     files: int = 1_000_000
-    epoch_sizes: tuple[int, ...] = (1000, 20_000, 50_000, MANY)
+    epoch_sizes: tuple[int, ...] = (1000, 10_000, 30_000, MANY)
 
 
 QUICK = Size(
@@ -185,7 +191,11 @@ QUICK = Size(
     large_batch=4,
     images=300,
     large_images=64,
-    steps=10,
+    steps=24,
+    pixels=(32,),
+    workers=(0, 2),
+    frozen=(2,),
+    watched=4,
     starts=1,
     files=20_000,
     epoch_sizes=(200, 1000, 2000),
@@ -244,10 +254,14 @@ class Place:
         )  # fmt: skip
         return tell(f"plain loop, {workers} workers", found["rate"])
 
-    def steps(self, model: str, size: int, batch: int, share: float = 1.0) -> int:
+    def steps(
+        self, model: str, size: int, batch: int, share: float = 1.0, fast: bool = False
+    ) -> int:
         """max_steps that take as long as the others are measured, and 20 before."""
+        if self.size.steps:
+            return self.size.steps
         if f"{model} {size}" not in self._limits:
-            self.limit(model, size, batch)
+            self.limit(model, size, batch, fast=fast)
         rate = share * self._limits[f"{model} {size}"]
         return 20 + math.ceil(self.size.seconds * rate / batch)
 
@@ -368,10 +382,13 @@ def against_best(
 # The rows -----------------------------------------------------------------------------------------
 
 
-def folder_of(root: Path, model: str, size: int, batch: int, *more: str) -> list[str]:
+def folder_of(
+    root: Path, model: str, size: int, batch: int, *more: str, augment: str = "light"
+) -> list[str]:
     """Overrides for a model from scratch on a folder."""
     return [
-        *EVERYTHING, "data=image_folder", f"data.root={root}", f"model={model}",
+        *EVERYTHING, f"augment={augment}", "data=image_folder", f"data.root={root}",
+        f"model={model}",
         "model.weights=null", f"model.input_size={size}", f"batch_size={batch}", *more,
     ]  # fmt: skip
 
@@ -382,13 +399,13 @@ def loops(place: Place, root: Path, model: str, size: int, batch: int) -> dict[s
     def measure(workers: int) -> Measure:
         return lambda: place.loop(root, model, size, batch, workers)
 
-    return {f"{workers} workers": measure(workers) for workers in WORKERS}
+    return {f"{workers} workers": measure(workers) for workers in place.size.workers}
 
 
 def training(place: Place) -> Iterator[Row]:
     """Rows 1 and 2: next to the limit and to a plain loop."""
     root, model = place.small(), "resnet18"
-    for size in (64, 32):
+    for size in place.size.pixels:
         steps = place.steps(model, size, place.size.batch)
         overrides = folder_of(root, model, size, place.size.batch, f"max_steps={steps}")
         sides: dict[str, Measure] = {
@@ -502,17 +519,16 @@ def probe(place: Place) -> Iterator[Row]:
 def prefix(place: Place) -> Iterator[Row]:
     """Row 6: the first layers frozen, with and without what is kept of them."""
     root, model, size = place.small(), "resnet18", 64
-    for layers in (2, 4):
-        rate = place.limit(model, size, place.size.batch)
+    steps = place.steps(model, size, place.size.batch)
+    for layers in place.size.frozen:
         frozen = place.call(
             "bench_plain", "limit", model=model, size=size, batch=place.size.batch, classes=CLASSES,
             seconds=place.size.seconds / 2, freeze=layers,
         )["frozen"]  # fmt: skip
-        steps = 20 + math.ceil(place.size.seconds * rate / place.size.batch)
-        overrides = [
-            *folder_of(root, model, size, place.size.batch, f"max_steps={steps}"),
-            "augment=none", f"freeze_until={layers}", "data.fraction=0.2",
-        ]  # fmt: skip
+        overrides = folder_of(
+            root, model, size, place.size.batch, f"max_steps={steps}",
+            f"freeze_until={layers}", "data.fraction=0.2", augment="none",
+        )  # fmt: skip
         found = alternate(
             {
                 "kept": lambda o=overrides: place.ours(*o, name="kept"),
@@ -520,7 +536,7 @@ def prefix(place: Place) -> Iterator[Row]:
                     *o, "features.cache=none", name="not kept"
                 ),
             },
-            place.size.rounds,
+            max(1, place.size.rounds - 1),
         )
         faster = ratios(found["kept"], found["not kept"])
         yield Row(
@@ -593,7 +609,7 @@ def validation(place: Place) -> Iterator[Row]:
 
 def extras(place: Place) -> Iterator[Row]:
     """Row 10: all that watches over a run."""
-    steps = 20 + place.size.steps
+    steps = 20 + place.size.watched
     overrides = folder_of(place.small(), "resnet18", 32, place.size.batch)
     overrides += [f"max_steps={steps}", "checkpoint.every_n_steps=200"]
     found = alternate(
@@ -609,7 +625,7 @@ def extras(place: Place) -> Iterator[Row]:
     yield Row(
         "TensorBoard, progress bar, guards, a checkpoint every 200 steps", "all of them off",
         Goal("≤", 2, "%"), cost,
-        f"resnet18 32 px, {place.size.steps} steps; images/s: {rates('on', found['all'])}, "
+        f"resnet18 32 px, {place.size.watched} steps; images/s: {rates('on', found['all'])}, "
         f"{rates('off', found['none'])}",
     )  # fmt: skip
 
@@ -659,8 +675,8 @@ def epochs(place: Place) -> Iterator[Row]:
     work = f"time per epoch, {sizes[0]:,} to {sizes[-1]:,} images"
     told = ", ".join(shown(1e6 * value, "x") for value in each)
     yield Row(
-        work, "slopes between sizes: largest to least", Goal("≤", 5, "%"),
-        [100 * (max(each) / min(each) - 1)],
+        work, "slopes between sizes: largest less least, of the fit's", Goal("≤", 5, "%"),
+        [100 * (max(each) - min(each)) / slope],
         f"files of 32 × 32, model=tiny; µs per image more: {told}",
     )  # fmt: skip
     yield Row(
@@ -697,7 +713,7 @@ def gpu(place: Place) -> Iterator[Row]:
             continue
         steps = place.steps(model, size, batch, fast=is_fast)
         overrides = [
-            *EVERYTHING, *data(), f"model={model}", "model.weights=null",
+            *EVERYTHING, "augment=light", *data(), f"model={model}", "model.weights=null",
             f"model.input_size={size}", f"batch_size={batch}", f"max_steps={steps}",
         ]  # fmt: skip
         found = alternate(

@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from io import BytesIO
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.overrides import CONF
+from finetune.check import check_all
+from finetune.overrides import CONF, compose_jobs
 
 pytest.importorskip("pty")  # not on Windows, as make
 
@@ -112,6 +116,44 @@ def test_an_unknown_row_is_refused_with_those_that_there_are():
     )  # fmt: skip
     assert done.returncode == 2
     assert "no row speed; there are training, busy" in done.stderr
+
+
+class Paper(bench.Place):
+    """Measures nothing, and keeps what it would have run."""
+
+    asked: ClassVar[list] = []
+    figures: ClassVar[dict] = {
+        "rate": 100.0, "images_per_second": 100.0, "time_to_first_step": 9.0, "seconds": 9.0,
+        "accuracy": 0.5, "frozen": 0.3, "held": 1e6, "peak": 1e6, "files": 1000, "gpu": "one",
+        "epochs": [1.0, 1.0], "validation": 0.1, "forward": 0.1, "best": 0.1,
+    }  # fmt: skip
+
+    def run(self, *words, **options):
+        return "8.0"
+
+    def call(self, script, name, cache=None, **arguments):
+        self.asked.append(arguments.get("arguments", []))
+        return self.figures
+
+    def train(self, *overrides, **options):
+        self.asked.append([*overrides])
+        return self.figures
+
+    clocked = train
+
+
+@pytest.mark.slow
+def test_every_row_asks_for_runs_that_can_be_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "another_process", nullcontext)
+    monkeypatch.setattr(bench, "line_through", lambda xs, ys: (1.0, 1.0))
+    size = replace(bench.QUICK, rounds=2, steps=None, images=60, large_images=10, files=20)
+    (tmp_path / "resnet18.pt").touch()  # the weights of the probe
+    place = Paper(tmp_path, replace(size, pixels=(64, 32), epoch_sizes=(20, 40)))
+    for name in bench.ROWS:
+        assert all(row.verdict in ("met", "missed") for row in bench.ROWS[name](place)), name
+    asked = {tuple(words) for words in place.asked if words}
+    assert len(asked) > 15
+    check_all([job for words in asked for job in compose_jobs("train", words)])
 
 
 @pytest.mark.slow
