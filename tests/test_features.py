@@ -222,6 +222,7 @@ PLANNED = {
         ({"phases": [Phase(0, 2, 3)], "several": True}, 0, "with one device"),
         ({"num_bytes": lambda layers: 10**15}, 0, "smaller data.fraction"),
     ],
+    ids=map(str, range(9)),  # a function has another address in each process
 )
 def test_what_stands_in_for_training_images(change, views, why):
     found = features.plan(**PLANNED | change)
@@ -256,6 +257,7 @@ def unsplittable(layers):
         ({"augment": "light"}, FROM_TOP[:1]),
         ({"augment": "light", "views": 2}, FROM_TOP),
     ],
+    ids=map(str, range(8)),
 )
 def test_as_many_frozen_layers_as_can_be_kept_are_computed_once(change, phases):
     found = features.plan(**PLANNED | {"phases": FROM_TOP} | change)
