@@ -271,17 +271,22 @@ HOWS = [
 
 
 @pytest.mark.slow
-def test_ranks_share_the_work_of_features_and_later_runs_find_them(tmp_path):
-    probe = ["strategy=linear_probe", "augment=none", f"features.dir={tmp_path / 'features'}"]
+@pytest.mark.parametrize(
+    ("frozen", "num_splits"),
+    [("strategy=linear_probe", 3), ("freeze_until=2", 2)],  # test too, and without
+)
+def test_ranks_share_the_work_of_features_and_later_runs_find_them(tmp_path, frozen, num_splits):
+    few = ["data.shots=4", "epochs=2"]  # of 3 steps each
+    probe = [frozen, *few, "augment=none", f"features.dir={tmp_path / 'features'}"]
     done = train(*probe, f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len([*(tmp_path / "features").iterdir()]) == 3  # train, val, test
+    assert len([*(tmp_path / "features").iterdir()]) == num_splits
     again = train(*probe, f"hydra.run.dir={tmp_path / 'again'}")
     assert_same_end(tmp_path / "again", tmp_path / "run")
-    assert again.stdout.count("values each, found") == 3
+    assert again.stdout.count("values each, found") == num_splits
     alone = train(*probe, "trainer=default", f"hydra.run.dir={tmp_path / 'alone'}")
     # the same digests: none of them tells of ranks
-    assert alone.stdout.count("values each, found") == 3, alone.stdout + alone.stderr
+    assert alone.stdout.count("values each, found") == num_splits, alone.stdout + alone.stderr
 
 
 @pytest.mark.slow
