@@ -688,7 +688,7 @@ def epochs(place: Place) -> Iterator[Row]:
 def gpu(place: Place) -> Iterator[Row]:
     """Row 13: the same next to a batch that is on the device."""
     name = place.call("bench_plain", "device")["gpu"]
-    fast = ("trainer.precision=bf16-mixed", "compile=true")
+    fast = ("trainer.precision=bf16-mixed", "channels_last=true", "compile=true")
     cases: list[tuple[str, Goal, tuple[str, int, int, bool], Callable[[], list[str]]]] = [
         (
             "GPU: resnet50 224 px bf16, compiled, from memory", Goal("≥", 0.95, "x"),

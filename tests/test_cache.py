@@ -22,7 +22,7 @@ from finetune.data.image_folder import image_folder
 from finetune.data.transforms import evaluation, light, none, strong
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError, DataError
-from finetune.features import Plan
+from finetune.features import Phase, Plan
 from finetune.specs import InputSpec
 from test_datamodule import Trainer, equal, stacked
 
@@ -97,7 +97,9 @@ def test_a_file_is_read_once_however_many_epochs_there_are(photos, folder, kind,
 def test_nothing_is_read_while_features_stand_in_for_images(photos, folder, kind):
     module = datamodule(photos, "ram", folder, none, epoch=1)
     module.cache.choice = Choice(kind, ("train", "val"))
-    module.features = SimpleNamespace(plan=Plan(epochs=1, views=1))  # as in lp_ft
+    module.features = SimpleNamespace(
+        plan=Plan((Phase(0, 1, 4),), 1), model=SimpleNamespace(depth=4)
+    )  # as in lp_ft
     module.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
     module.trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
     module.trainer.limit_val_batches = 1.0
@@ -178,6 +180,8 @@ def test_images_on_disk_are_not_found_for_other_files(tmp_path, folder, change, 
         transform = evaluation(SPEC)
     else:
         monkeypatch.setattr(cache, "FORMAT", 0)
+    if change in ("size", "time"):  # a later run, which looks again
+        images = LabelledImages.of(ImageFiles(sorted(root.rglob("*.png"))), [0] * 6)
     again = kept_on_disk(images, folder, transform)
     expected = images[0][0] if transform is None else transform(images[0][0])
     assert torch.equal(again[0], expected)
@@ -303,6 +307,9 @@ def chosen(photos, *overrides, plan=None, epochs=3, memory=8 * GB):
         return build.choose_cache(cfg, splits, SPEC, plan or Plan(), budget), cfg, splits
 
 
+ALWAYS = Plan((Phase(0, 3, 4),), 1, always=True)
+
+
 @pytest.mark.parametrize(
     ("overrides", "plan", "epochs", "splits", "said"),
     [
@@ -311,9 +318,9 @@ def chosen(photos, *overrides, plan=None, epochs=3, memory=8 * GB):
         (("data.cache=ram",), None, 1, (), "data.cache=ram has no effect: every image is read"),
         (("data.cache=disk",), None, 1, ("train", "val"), ""),
         (("data.cache=none",), None, 3, (), ""),
-        (("data.cache=ram",), Plan(3, 1, always=True), 3, (), "features stand in for the images"),
-        ((), Plan(1, 1), 3, ("train", "val"), ""),
-        ((), Plan(2, 1), 3, (), ""),
+        (("data.cache=ram",), ALWAYS, 3, (), "features stand in for the images"),
+        ((), Plan((Phase(0, 1, 4),), 1), 3, ("train", "val"), ""),
+        ((), Plan((Phase(0, 2, 4),), 1), 3, (), ""),
         (("+trainer.limit_train_batches=2",), None, 3, (), ""),
     ],
 )  # fmt: skip

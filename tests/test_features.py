@@ -362,7 +362,7 @@ def test_frozen_layers_are_computed_in_the_first_epoch_of_a_phase_alone(changes,
     budget = build.build_budget(cfg, len(splits.train), len(splits.val))
     task = build.build_task(cfg, model, budget)
     trainer = build.build_trainer(cfg, tmp_path, budget, [], [])
-    datamodule = build.build_datamodule(cfg, splits, model, task)
+    datamodule = build.build_datamodule(cfg, splits, model, task, budget)
     called = [set() for _ in range(model.depth)]
     for layer, modules in enumerate(model.modules_by_layer()[:-1]):
         for module in modules:
@@ -429,7 +429,8 @@ def test_why_a_frozen_backbone_is_computed_again_is_told(changes, said, caplog):
     cfg = plain(*PROBE, *changes)
     splits = build.build_splits(cfg)
     model = build.build_model(cfg, splits.classes)
-    task = build.build_task(cfg, model, build.build_budget(cfg, len(splits.train)))
+    budget = build.build_budget(cfg, len(splits.train))
+    task = build.build_task(cfg, model, budget)
     caplog.set_level("INFO", "finetune.build")
-    build.tell_of_features(cfg, build.build_datamodule(cfg, splits, model, task).plan)
+    build.tell_of_features(cfg, build.build_datamodule(cfg, splits, model, task, budget).plan)
     assert said in caplog.text

@@ -79,8 +79,9 @@ def test_hardware_decides_precision_and_memory_order():
     assert chosen(recipes.auto, replace(PHOTOS, bf16=True))["trainer.precision"] == "bf16-mixed"
     assert chosen(recipes.textbook, replace(PHOTOS, bf16=True))["trainer.precision"] == "32-true"
     small = replace(RESNET, num_parameters=300_000)
-    for model in (RESNET, VIT, small, replace(RESNET, sharded=True), replace(RESNET, on_mps=True)):
-        assert chosen(recipes.none, PHOTOS, model)["channels_last"] == (model is RESNET)
+    for model in (RESNET, VIT, small, replace(RESNET, unordered=True)):
+        assert chosen(recipes.auto, PHOTOS, model).get("channels_last", False) == (model is RESNET)
+    assert chosen(recipes.textbook)["channels_last"] is False
 
 
 def test_auto_trains_longer_on_more_images():

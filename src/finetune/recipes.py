@@ -38,8 +38,8 @@ class DataFacts:
 class ModelFacts:
     """The backbone, and what the user decided of it.
 
-    optimizer: class name in lower case. sharded: no device holds all of the weights. on_mps: it
-    is trained on a GPU of Apple.
+    optimizer: class name in lower case. sharded: no device holds all of the weights. unordered:
+    the order of weights in memory must stay, or nothing is won by another.
     """
 
     kind: Kind
@@ -49,7 +49,7 @@ class ModelFacts:
     linear_head: bool = True
     optimizer: str | None = None
     sharded: bool = False
-    on_mps: bool = False
+    unordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,8 @@ def auto(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
                f"{'from' if many else 'only from'} {LARGE_DATA:,} images on: BiT-HyperRule"),
         Choice("trainer.gradient_clip_val", 1.0, "a step is never wild: big_vision, AutoGluon"),
     ]  # fmt: skip
+    if model.kind != "transformer" and name != "small network" and not model.unordered:
+        choices.append(Choice("channels_last", True, "the order that convolutions are fastest in"))
     if data.bf16:
         why = "this GPU computes in it: half of the time and memory, with the range of 32 bits"
         choices.append(Choice("trainer.precision", "bf16-mixed", why))
@@ -230,7 +232,6 @@ def none(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
         return []
     why = "plain"
     steps = 500
-    convolves = model.kind != "transformer" and model.num_parameters >= SMALL_NETWORK
     epochs = max(10, data.epochs(steps, data.accumulate or 1))
     return [
         Choice("optimizer", "sgd", why),
@@ -242,8 +243,7 @@ def none(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
         Choice("augment", "light", why),
         Choice("trainer.accumulate_grad_batches", 1, why),
         Choice("trainer.precision", "32-true", why),
-        Choice("channels_last", convolves and not (model.sharded or model.on_mps),
-               "how convolutions compute fastest"),
+        Choice("channels_last", False, why),
         Choice("head.init", "random", why),
         Choice("epochs", epochs, f"10, or what {steps} steps need"),
     ]  # fmt: skip

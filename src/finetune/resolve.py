@@ -50,7 +50,7 @@ def model_facts(cfg: DictConfig, model: Classifier) -> ModelFacts:
         probe=class_name(cfg.strategy) == "linearprobe",
         optimizer=class_name(cfg.optimizer),
         sharded=is_sharded(cfg),
-        on_mps=on_mps(cfg),
+        unordered=is_sharded(cfg) or on_mps(cfg),
     )
 
 

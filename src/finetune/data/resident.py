@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from finetune.data.sampler import stable_hash
-from finetune.data.transforms import Transform
+from finetune.data.transforms import Flip, ResizedCrop, Transform
 
 ATTEMPTS = 10  # as RandomResizedCrop: after them it takes what fits in the centre
 
@@ -28,10 +28,10 @@ class Crops:
 def crops_of(transform: Transform) -> Crops | None:
     """What a transform does, as far as it is crops and flips; None if it does anything else."""
     parts = list(getattr(transform, "transforms", ()))
-    if not parts or type(parts[0]) is not v2.RandomResizedCrop or len(parts) > 2:
+    if not parts or type(parts[0]) not in (ResizedCrop, v2.RandomResizedCrop) or len(parts) > 2:
         return None
     crop = parts[0]
-    if any(type(part) is not v2.RandomHorizontalFlip for part in parts[1:]):
+    if any(type(part) not in (Flip, v2.RandomHorizontalFlip) for part in parts[1:]):
         return None
     if crop.interpolation not in KERNELS or len({*crop.size}) > 1:
         return None
