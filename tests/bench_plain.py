@@ -4,6 +4,7 @@ python tests/bench_plain.py NAME '{"argument": value}': a function below, and wh
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -140,19 +141,21 @@ def loop(
     batches = forever(loader)
     net = get_model(model, num_classes=len(folder.classes)).train()
     optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM)
-    images_seen, running_loss = 0, 0.0
+    sizes: list[int] = []
+    running_loss = 0.0
 
     def step() -> None:
-        nonlocal images_seen, running_loss
+        nonlocal running_loss
         images, labels = next(batches)
         optimizer.zero_grad()
         loss = F.cross_entropy(net(images), labels)
         loss.backward()
         optimizer.step()
         running_loss += loss.item()
-        images_seen += 1
+        sizes.append(len(labels))
 
-    return {"rate": steps_per_second(step, seconds) * batch}
+    rate = steps_per_second(step, seconds)
+    return {"rate": rate * statistics.mean(sizes)}
 
 
 def weights(path: str, model: str) -> dict[str, float]:
