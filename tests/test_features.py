@@ -78,7 +78,10 @@ def photos(tmp_path):
 
 def digest(root, model=None, change=lambda images: images, size=None, batch=64, **kwargs):
     torch.manual_seed(0)
+    order = model if model == "channels_last" else None
+    model = None if order else model
     model = model or Classifier(build.build_backbone(plain(*PROBE)), ("a", "b"))
+    model.to(memory_format=torch.channels_last if order else torch.preserve_format)
     spec = replace(model.input_spec, resize=size or model.input_spec.resize)
     images = change(image_folder(str(root)).train)
     store = Features(model, None, batch, Plan())
@@ -111,6 +114,7 @@ def test_the_digest_is_the_same_for_the_same(photos):
         {"change": lambda images: images.subset([1, 0, *range(2, len(images))])},
         {"size": 9},
         {"precision": "bf16-mixed"},
+        {"model": "channels_last"},
         {"seed": 0},
         {"batch": 8},
         {"layers": 2},
@@ -192,7 +196,7 @@ def test_files_that_were_not_read_for_longest_make_room_and_no_others(tmp_path):
     for age, path in enumerate([theirs, *ours]):
         path.write_bytes(bytes(100))
         os.utime(path, (age, age))
-    make_room(ours[3], most=250)
+    make_room([ours[3]], most=250)
     assert {*tmp_path.iterdir()} == {theirs, *ours[2:]}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import averaging, checkpoint
 from finetune.data.base import LabelledImages
@@ -311,7 +311,8 @@ class Features:
             "features%s: %s images of %s%s, %d values each, %s", after, f"{len(images):,}", name,
             "" if seed is None else f", view {view}", found[0].numel(), how,
         )  # fmt: skip
-        return found.to(device) if found.nbytes < MOST_ON_DEVICE else found
+        num_bytes = found.nbytes * max(1, self.plan.views)
+        return found.to(device) if num_bytes < MOST_ON_DEVICE else found
 
     def digest(
         self,
@@ -339,7 +340,7 @@ class Features:
             "transform": repr(transform),
             "images": files,
             "augmentation": None if seed is None else (seed, view),
-            "arithmetic": (precision, device.type, self.batch_size),
+            "arithmetic": (precision, device.type, self.batch_size, memory_order(backbone)),
         }
         text = json.dumps(parts, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -423,6 +424,12 @@ class Features:
         return features  # type: ignore[no-any-return]
 
 
+def memory_order(net: nn.Module) -> str:
+    """Of the kernels, which decides how sums are rounded."""
+    plain = all(p.is_contiguous() for p in net.parameters() if p.ndim == 4)
+    return "contiguous" if plain else "channels_last"
+
+
 def versions() -> list[str]:
     """Of the code that features come from."""
     found = []
@@ -443,7 +450,7 @@ def write(path: Path, features: Tensor) -> None:
             log.info("features are not kept: %s has no room for them", path.parent)
             return
         checkpoint.save(path, {"features": features})
-        make_room(path, MOST_ON_DISK)
+        make_room([path], MOST_ON_DISK)
     except OSError as error:
         log.info("features are not kept: %s: %s", path, error.strerror or error)
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,10 +60,10 @@ def sweep_parts(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def remove_oldest(files: Iterable[Path], most: float, newest: Path) -> None:
+def remove_oldest(files: Iterable[Path], most: float, kept: Collection[Path]) -> None:
     """Remove those that were not read for longest until the others take at most so many bytes.
 
-    Whoever reads one sets its time of change. newest: stays, whatever it takes.
+    Whoever reads one sets its time of change. kept: stay, whatever they take.
     """
     status = {}
     for path in files:
@@ -71,19 +71,20 @@ def remove_oldest(files: Iterable[Path], most: float, newest: Path) -> None:
             status[path] = path.stat()
     total = sum(found.st_size for found in status.values())
     for path in sorted(status, key=lambda path: status[path].st_mtime):
-        if total <= most or path == newest:
+        if total <= most or path in kept:
             continue
         with suppress(PermissionError):  # it is another user's
             path.unlink(missing_ok=True)
             total -= status[path].st_size
 
 
-def make_room(newest: Path, most: float) -> None:
-    """Do so among the files beside newest: with its suffix, and 32 hex digits for a name."""
+def make_room(kept: Collection[Path], most: float) -> None:
+    """Do so among the files beside them: with their suffix, and 32 hex digits for a name."""
+    one = next(iter(kept))
     # whatever else lies in a folder that was named stays
-    beside = newest.parent.glob(f"*{newest.suffix}")
+    beside = one.parent.glob(f"*{one.suffix}")
     ours = (path for path in beside if re.fullmatch(r"[0-9a-f]{32}", path.stem))
-    remove_oldest(ours, most, newest)
+    remove_oldest(ours, most, kept)
 
 
 def readable(num_bytes: float) -> str:

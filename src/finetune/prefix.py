@@ -1,5 +1,6 @@
 """A network in two after its first layers: while those are frozen, only the rest is computed."""
 
+import copy
 import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,6 +86,7 @@ def modes_kept(net: nn.Module) -> Iterator[None]:
 def traced(net: nn.Module, layers: Layers) -> fx.Graph:
     """The forward of a net, its layers as nodes. Raises Unsplittable."""
     before, graphs = random_states(), []
+    net = copy.deepcopy(net)  # a forward may keep what is no tensor yet
     try:
         for training in (True, False):
             net.train(training)

@@ -172,6 +172,7 @@ class ImageCache:
     def __init__(self, choice: Choice, folder: Path) -> None:
         self.choice, self.folder = choice, folder
         self._kept: dict[str, CachedImages | None] = {}
+        self._made: set[Path] = set()  # files of this run
 
     def has(self, name: str) -> bool:
         """Whether images of a split are there by now."""
@@ -205,7 +206,10 @@ class ImageCache:
                 f"{len(sizes)}, such as {' and '.join(f'{w} x {h}' for h, w in sizes[:2])}; type "
                 "data.cache=ram"
             )
-        return torch.stack([kept[position] for position in range(len(kept))])
+        pixels = torch.empty(len(kept), 3, *sizes[0], dtype=torch.uint8)
+        for position in range(len(kept)):
+            pixels[position] = kept[position]
+        return pixels
 
     def _keep(self, name: str, images: LabelledImages, transform: Transform | None) -> CachedImages:
         began = time.monotonic()
@@ -242,6 +246,7 @@ class ImageCache:
         path = self.folder / f"{name}.images"
         with alone(path.with_suffix(".lock"), "another process reads the same images"):
             if found := opened(path, len(images)):
+                self._made.add(path)
                 with suppress(OSError):  # it is another user's
                     os.utime(path)  # read now: the last to go
                 return found, "found"
@@ -259,7 +264,8 @@ class ImageCache:
                     "in the environment: FINETUNE_CACHE=FOLDER"
                 )
             write_whole(path, lambda file: _write(file, len(images), read))
-            make_room(path, MOST_ON_DISK)
+            self._made.add(path)
+            make_room(self._made, MOST_ON_DISK)
             made = opened(path, len(images))
         if made is None:
             raise OSError(f"{path} does not hold what was written")

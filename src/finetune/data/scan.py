@@ -366,7 +366,7 @@ class Scan(AbstractContextManager["Scan"]):
         }
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.cache, lambda file: np.savez(file, **arrays))
-        remove_oldest(_caches(self.cache.parent), _MOST_ON_DISK, newest=self.cache)
+        remove_oldest(_caches(self.cache.parent), _MOST_ON_DISK, kept=[self.cache])
 
 
 def _caches(folder: Path) -> list[Path]:
