@@ -29,6 +29,8 @@ def test_weights_are_laid_out_as_asked():
         (("optimizer=sgd", "+optimizer.foreach=true"), False),
         (("optimizer=sgd", "+optimizer.fused=false"), False),
         (("trainer.precision=16-mixed",), False),
+        (("trainer.precision=16",), False),
+        (("+trainer.gradient_clip_algorithm=value",), False),
     ],
     ids=str,
 )
@@ -75,5 +77,7 @@ def test_a_compiled_run_that_crashed_ends_with_the_same_bytes(command, tmp_path,
     assert "compile: the run has true" in refused.err
     assert command("train", "resume=run").code == 0
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+    again = command("evaluate", "run=run", "trainer.accelerator=cpu")
+    assert again.code == 0, again.err
     losses = [facts_of(tmp_path / name)["val"]["val/loss"] for name in ("whole", "plain")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

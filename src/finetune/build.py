@@ -151,7 +151,9 @@ def use_device(cfg: DictConfig, model: Classifier) -> None:
     if cfg.get("channels_last"):
         model.to(memory_format=torch.channels_last)
     if cfg.get("compile"):
-        # by shape: what a resume compiles first must not decide what all shapes are computed by
+        # by shape: what a resume compiles first must not decide what all shapes are computed by;
+        # each of several in each phase of a strategy, or the last phases would not be compiled
+        torch._dynamo.config.recompile_limit = 16 * (model.depth + 2)
         model.compile(dynamic=False)
 
 
@@ -226,7 +228,8 @@ def choose_cache(
         choice = choose_device(cfg, train, spec)
         if choice.kind == "device":
             others = choose("auto", needs, free_memory(), ranks_here(cfg))
-            choice = replace(others, kind="device", splits=("train", *others.splits))
+            splits_kept = ("train", *others.splits)
+            choice = replace(others, kind="device", splits=splits_kept, most=None)
         return choice
     if in_memory:
         return _no_effect(asked, "these images are in memory as they are")
@@ -266,7 +269,8 @@ def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Ch
         num_bytes = train[0][0].nbytes * len(train) if in_memory else decoded_bytes(train)
     free, total = device_memory(cfg)
     if asked == "auto":  # by the total: a resume finds the same
-        fits = total is not None and num_bytes < SHARE_OF_DEVICE * total
+        on_host = total_memory() or 0
+        fits = total is not None and num_bytes < min(SHARE_OF_DEVICE * total, on_host / 4)
         return Choice("device", ("train",)) if fits else Choice()
     if free is not None and num_bytes > free:
         raise ConfigError(
@@ -417,9 +421,10 @@ def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
     optimizer: Callable[..., torch.optim.Optimizer] = make(cfg.optimizer)
     known = inspect.signature(optimizer).parameters
     decided = cfg.optimizer.get("fused") is not None or cfg.optimizer.get("foreach") is not None
-    # with 16-mixed Lightning cannot clip what it does not unscale itself
-    refused = "fused" not in known or str(cfg.trainer.precision) == "16-mixed"
-    if decided or refused or not on_gpu(cfg):
+    # Lightning refuses to clip by value, or with a scaler, what steps in one kernel
+    by_value = cfg.trainer.get("gradient_clip_algorithm") == "value"
+    scaled = str(cfg.trainer.precision).startswith("16")
+    if decided or by_value or scaled or "fused" not in known or not on_gpu(cfg):
         return optimizer
     return partial(optimizer, fused=True)
 

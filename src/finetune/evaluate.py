@@ -32,12 +32,14 @@ def evaluate(cfg: DictConfig) -> None:
     from finetune.files import try_to_write, write_json
     from finetune.measure import measure, named_splits, print_metrics
     from finetune.overrides import compose_run
+    from finetune.record import Record
     from finetune.restore import load
     from finetune.typed import overrides_of
 
     fit.quiet_libraries()
     run = Path(cfg.run)
     model = load(run, cfg.model.target).model
+    recorded = Record.read(run).facts["config"]
     typed = {
         **{f"data.{key}": value for key, value in cfg.data.items()},
         "batch_size": cfg.batch_size,
@@ -45,7 +47,9 @@ def evaluate(cfg: DictConfig) -> None:
         "trainer": "default",
         "trainer.accelerator": cfg.trainer.accelerator,
         "trainer.devices": 1,
-        "trainer.precision": cfg.trainer.precision,
+        "trainer.precision": cfg.trainer.precision or recorded.get("trainer", {}).get("precision"),
+        "channels_last": recorded.get("channels_last"),
+        "compile": False,  # one pass takes less
     }
     run_cfg = compose_run(run, overrides_of(typed))
     resolve.fill_plainly(run_cfg)  # nothing is trained

@@ -142,6 +142,7 @@ def replay_failure(cfg: DictConfig, run: Path, why_model: str) -> None:
             f"debug=replay: {run} was not stopped by a step that is not finite (status "
             f"{recorded['status']}); leave it out"
         )
+    cfg.compile = False  # hooks look into the modules
     parts = prepare(cfg, why_model, run)
     resume_from, _ = resume.find_resume(run)
     if resume_from is None:
@@ -168,15 +169,16 @@ def failure_of(error: BaseException, cfg: DictConfig, run: Path) -> BaseExceptio
     if not (out_of_memory or "DefaultCPUAllocator" in str(error)):
         return error
     batch, accumulate = cfg.batch_size, cfg.trainer.accumulate_grad_batches or 1
+    precision = cfg.trainer.precision or "32-true"
+    half = "" if "16" in str(precision) else "trainer.precision=bf16-mixed, "
     smaller = (
         f"batch_size={batch // 2} trainer.accumulate_grad_batches={2 * accumulate} (as many images "
         "per step; BatchNorm sees half as many), "
     )
     return TrainingError(
         f"out of memory with batch_size={batch}, trainer.accumulate_grad_batches={accumulate}, "
-        f"trainer.precision={cfg.trainer.precision}. Start anew with "
-        f"{smaller if batch > 3 else ''}trainer.precision=bf16-mixed, a smaller model.input_size, "
-        "or freeze_until=1 and more"
+        f"trainer.precision={precision}. Start anew with {smaller if batch > 3 else ''}"
+        f"{half}a smaller model.input_size, or freeze_until=1 and more"
     )
 
 

@@ -39,14 +39,20 @@ def refuse_changes(recorded: Mapping[str, Any], config: Any, run: Path) -> None:
     before, now = flat(recorded["config"]), flat(config)
     chosen = recorded.get("recipe", ())
     free = (*FREE_TO_CHANGE, "epochs") if trains_longer(recorded, config) else FREE_TO_CHANGE
+    new = {key for key in now if key.split(".", 1)[0] not in recorded["config"]}
+    if began_without := sorted(key for key in new if now[key]):
+        raise ConfigError(
+            f"{to_type('resume', str(run))}: the run was begun by a version without "
+            f"{', '.join(began_without)}. Go on with that version, or start anew"
+        )
     changed = [
         f"{key}: the run has {shown(before.get(key))}, not {shown(now.get(key))}"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted((before.keys() | now.keys()) - new)
         if before.get(key) != now.get(key)
         and not resolve.is_open(key, now, chosen)
         and (
             not any(key == name or key.startswith(f"{name}.") for name in free)
-            # its crops differ in rounding
+            # its crops are other ones
             or (key == "data.cache" and "device" in (before.get(key), now.get(key)))
         )
     ]
@@ -129,6 +135,10 @@ def refuse_other_data(recorded: Mapping[str, Any], now: Mapping[str, Any], run: 
             for split, digest in before.get("digests", {}).items()
             if digest != now["data"]["digests"].get(split)
         ]
+    on_device = recorded.get("images_on_device", now["images_on_device"])
+    if on_device != now["images_on_device"]:  # its crops are other ones
+        then, here = ("on the device", "in files or memory")[:: 1 if on_device else -1]
+        changed.append(f"data.cache: training images {then} then, {here} now")
     ranks = recorded.get("world_size", now["world_size"])
     if ranks != now["world_size"]:
         changed.append(f"trainer.devices: {ranks} devices then, {now['world_size']} now")
@@ -146,7 +156,7 @@ def warn_of_other_machine(recorded: Mapping[str, Any], now: Mapping[str, Any]) -
         for name, before in recorded["versions"].items()
         if before != now["versions"].get(name)
     ]
-    for what in ("threads", "features", "images_on_device"):
+    for what in ("threads", "features"):
         if recorded.get(what, now[what]) != now[what]:
             changed.append(f"{what} {recorded[what]} then, {now[what]} now")
     if (device := recorded.get("device", now["device"])) != now["device"]:
