@@ -188,6 +188,17 @@ def test_images_on_disk_are_not_found_for_other_files(tmp_path, folder, change, 
     assert len([*folder.glob("*.images")]) == 2
 
 
+def test_files_of_one_run_do_not_make_room_for_each_other(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(cache, "MOST_ON_DISK", 1)
+    images = image_folder(str(write_photos(tmp_path / "photos", train=2))).train
+    kept = ImageCache(Choice("disk", ("train", "val")), folder)
+    for name, positions in (("train", [0, 1]), ("val", [2])):
+        assert kept.get(name, images.subset(positions), None)
+    assert len([*folder.glob("*.images")]) == 2
+    kept_on_disk(images.subset([1, 0]), folder)  # of another run
+    assert len([*folder.glob("*.images")]) == 1
+
+
 @pytest.mark.parametrize("damage", ["cut", "short", "empty", "end"])
 def test_a_file_that_is_not_whole_is_made_anew(photos, folder, damage, caplog):
     images = image_folder(str(photos)).train

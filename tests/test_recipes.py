@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from conftest import SMALL, composed, facts_of
-from finetune import recipes, resolve
+from finetune import build, recipes, resolve
 from finetune.backbones.base import kind_of
 from finetune.backbones.tiny import tiny
 from finetune.recipes import DataFacts, ModelFacts
@@ -13,6 +13,7 @@ from finetune.recipes import DataFacts, ModelFacts
 PHOTOS = DataFacts(num_images=1020, image_area=500 * 375, batch=64)
 RESNET = ModelFacts(kind="CNN with BatchNorm", pretrained=True, num_parameters=23_508_032)
 VIT = ModelFacts(kind="transformer", pretrained=True, num_parameters=85_800_000)
+OWN = ["model=module", "model.target=nets.Cnn", "model.input_size=8"]
 EVERY = {name: getattr(recipes, name) for name in ("auto", "textbook", "bit", "none")}
 
 
@@ -82,6 +83,13 @@ def test_hardware_decides_precision_and_memory_order():
     for model in (RESNET, VIT, small, replace(RESNET, unordered=True)):
         assert chosen(recipes.auto, PHOTOS, model).get("channels_last", False) == (model is RESNET)
     assert chosen(recipes.textbook)["channels_last"] is False
+
+
+def test_a_network_of_ones_own_keeps_its_memory_order():
+    for model, expected in ((["model=tiny", "model.weights=null"], False), (OWN, True)):
+        cfg = composed(*(o for o in SMALL if not o.startswith("model")), *model)
+        facts = resolve.model_facts(cfg, build.build_model(cfg, ("a", "b")))
+        assert facts.unordered == expected
 
 
 def test_auto_trains_longer_on_more_images():

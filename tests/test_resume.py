@@ -289,6 +289,18 @@ def test_a_recipe_that_chooses_otherwise_by_now_is_told(command, tmp_path, at_st
     assert f"optimizer.lr: the run has 0.123, not {chosen}" in refused.err
 
 
+def test_a_run_of_a_version_with_fewer_keys_goes_on_where_they_are_off(command, tmp_path, at_step):
+    at_step(7, lose)
+    command("train", *RUN, "hydra.run.dir=run")
+    facts = facts_of(tmp_path / "run")
+    del facts["config"]["compile"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
+    refused = command("train", "resume=run", "compile=true")
+    assert refused.code == 1
+    assert "begun by a version without compile" in refused.err
+    assert command("train", "resume=run").code == 0
+
+
 def test_another_version_is_told(command, tmp_path, at_step):
     at_step(7, lose)
     command("train", *RUN, "hydra.run.dir=run")
