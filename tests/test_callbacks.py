@@ -15,6 +15,7 @@ from finetune.callbacks import (
     StepCheckpoints,
     StopSignals,
     Throughput,
+    WholeCheckpointIO,
     confusion_figure,
     lower_is_better,
     verdict,
@@ -310,12 +311,23 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(command, tmp_path, small
         "monitor=val/loss", "epochs=3",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "step-6.ckpt could not be written: File too large" in done.out
+    assert "step-6.ckpt could not be written: File too large (it needs about " in done.out
     assert "step-10.ckpt could not" not in done.out
     assert facts_of(tmp_path / "run")["status"] == "finished"
     kept = [path.name for path in checkpoint.step_paths(tmp_path / "run")]
     assert kept == ["step-15.ckpt", "step-14.ckpt"]
     assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_nothing_is_begun_that_has_no_room(tmp_path, monkeypatch, caplog):
+    usage = shutil.disk_usage(tmp_path)
+    content = {"state": [torch.zeros(1000), {"more": torch.zeros(250)}], "step": 1}
+    io = WholeCheckpointIO()
+    for free, written in ((4999, False), (5000, True), (0, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, f=free: usage._replace(free=f))
+        io.save_checkpoint(content, tmp_path / f"{free}.ckpt")
+        assert (tmp_path / f"{free}.ckpt").exists() == written == (io.failed is None)
+    assert "it needs about 5 kB, and 5 kB are free on this disk" in caplog.text
 
 
 def test_a_run_whose_last_checkpoint_failed_has_failed(command, tmp_path, small_disk):

@@ -1,5 +1,6 @@
 """What Lightning does not already have: whole checkpoints, clean stops, honest rates, pictures."""
 
+import errno
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from finetune import checkpoint, signals
-from finetune.checkpoint import load, save
+from finetune.checkpoint import load, num_bytes, save
 from finetune.datamodule import Batch, DataModule
 from finetune.errors import CheckpointError, ConfigError, Interrupted, NotFinite, TrainingError
 from finetune.files import readable
@@ -46,7 +47,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         """Write beside path, then rename."""
-        self.failed = tell_failure(lambda: save(Path(path), checkpoint), Path(path))
+        needed = num_bytes(checkpoint)
+        self.failed = tell_failure(lambda: save(Path(path), checkpoint), Path(path), needed)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -55,16 +57,22 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return load(Path(path))
 
 
-def tell_failure(write: Callable[[], None], path: Path) -> OSError | None:
-    """Write; if that fails, as on a full disk, warn, and give the error."""
+def tell_failure(write: Callable[[], None], path: Path, needed: int) -> OSError | None:
+    """Write; if that fails, as on a full disk, warn, and give the error.
+
+    needed: bytes. Where they are not free nothing is begun: the curves need what room is left.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
     try:
+        if 0 < free < needed:  # some volumes say 0 whatever is free
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write()
     except OSError as error:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
         log.warning(
-            "%s could not be written: %s (%s free on this disk). The run goes on; what was written "
-            "before stays, and the next save is tried",
-            path, error.strerror or error, readable(shutil.disk_usage(folder).free),
+            "%s could not be written: %s (it needs about %s, and %s are free on this disk). The "
+            "run goes on; what was written before stays, and the next save is tried",
+            path, error.strerror or error, readable(needed), readable(free),
         )  # fmt: skip
         return error
     return None
@@ -162,7 +170,9 @@ class BestCheckpoint(Callback):
             return
         if trainer.is_global_zero:
             self.failed = tell_failure(
-                lambda: write_best(self.path, best.model, best.state, best.facts), self.path
+                lambda: write_best(self.path, best.model, best.state, best.facts),
+                self.path,
+                num_bytes(best.state),
             )
         if trainer.strategy.broadcast(self.failed is None):
             self.best, self.confusion, self.per_class = best.facts, best.confusion, best.per_class

@@ -67,6 +67,17 @@ def save(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, write)
 
 
+def num_bytes(content: Any) -> int:
+    """Of all tensors in nested containers, which is nearly all that their file takes."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, list | tuple):
+        return 0
+    return sum(num_bytes(value) for value in content)
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values. Raises CheckpointError if it is anything else."""
     try:
