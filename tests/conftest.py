@@ -157,6 +157,32 @@ def finish(folder: Path, *arguments: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(7, action): call action once, in the middle of this step."""
+
+    from finetune.callbacks import StepCheckpoints
+
+    def arrange(step, action):
+        done = []
+
+        def on_before_optimizer_step(self, trainer, task, optimizer):
+            if trainer.global_step == step and not done:
+                done.append(step)
+                action()
+
+        monkeypatch.setattr(
+            StepCheckpoints, "on_before_optimizer_step", on_before_optimizer_step, raising=False
+        )
+
+    return arrange
+
+
+def lose():
+    """For at_step: the run ends as in a crash."""
+    raise RuntimeError("the power is gone")
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A finished run on a folder of photos, in the folder photos beside it; not to be changed."""

@@ -5,9 +5,8 @@ import shutil
 import pytest
 import torch
 
-from conftest import SMALL, assert_same_end, facts_of, plain
+from conftest import SMALL, assert_same_end, facts_of, lose, plain
 from finetune import build, fit
-from finetune.callbacks import StepCheckpoints
 from finetune.errors import TrainingError
 
 RUN = (*SMALL, "checkpoint.every_n_steps=3", "logger=csv")
@@ -61,18 +60,12 @@ def test_what_cannot_be_compiled_is_told(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_run_that_crashed_ends_with_the_same_bytes(command, tmp_path, monkeypatch):
+def test_a_compiled_run_that_crashed_ends_with_the_same_bytes(command, tmp_path, at_step):
     assert command("train", *RUN, "compile=true", "hydra.run.dir=whole").code == 0
     plain_run = command("train", *RUN, "hydra.run.dir=plain")
     assert plain_run.code == 0
-    with monkeypatch.context() as patch:
-
-        def lose(self, trainer, task, optimizer):
-            if trainer.global_step == 7:
-                raise RuntimeError("the power is gone")
-
-        patch.setattr(StepCheckpoints, "on_before_optimizer_step", lose, raising=False)
-        assert command("train", *RUN, "compile=true", "hydra.run.dir=run").code == 1
+    at_step(7, lose)
+    assert command("train", *RUN, "compile=true", "hydra.run.dir=run").code == 1
     refused = command("train", "resume=run", "compile=false")
     assert "compile: the run has true" in refused.err
     assert command("train", "resume=run").code == 0

@@ -12,9 +12,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-from conftest import SMALL, assert_same_end, facts_of, finish, plain, write_photos
+from conftest import SMALL, assert_same_end, facts_of, finish, lose, plain, write_photos
 from finetune import build
-from finetune.callbacks import StepCheckpoints
 from finetune.data import cache, scan
 from finetune.data.base import ImageFiles, LabelledImages
 from finetune.data.cache import Choice, ImageCache, Need, choose, decoded_bytes
@@ -385,18 +384,9 @@ def whole(photos, tmp_path_factory):
 
 @pytest.mark.parametrize(("before", "after"), [("none", "ram"), ("ram", "disk")])
 def test_a_run_that_crashed_goes_on_with_another_cache_and_ends_with_the_same_bytes(
-    command, photos, folder, whole, tmp_path, monkeypatch, before, after
+    command, photos, folder, whole, tmp_path, at_step, before, after
 ):
-    lost = []
-
-    def on_before_optimizer_step(self, trainer, task, optimizer):
-        if trainer.global_step == 7 and not lost:
-            lost.append(7)
-            raise RuntimeError("the power is gone")
-
-    monkeypatch.setattr(
-        StepCheckpoints, "on_before_optimizer_step", on_before_optimizer_step, raising=False
-    )
+    at_step(7, lose)
     data = ["data=image_folder", f"data.root={photos}", f"data.cache={before}"]
     crashed = command("train", *LONG, *data, "hydra.run.dir=run")
     assert crashed.code == 1

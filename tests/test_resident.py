@@ -8,9 +8,8 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from conftest import SMALL, assert_same_end, facts_of, finish, plain
+from conftest import SMALL, assert_same_end, facts_of, finish, lose, plain
 from finetune import build
-from finetune.callbacks import StepCheckpoints
 from finetune.data import transforms
 from finetune.data.cache import Choice, ImageCache
 from finetune.data.fake import fake
@@ -169,19 +168,10 @@ def test_images_in_memory_live_on_a_gpu_with_room(monkeypatch, augment, total, k
     assert chosen(f"augment={augment}").kind == kind
 
 
-def test_a_run_on_the_device_that_crashed_ends_with_the_same_bytes(command, tmp_path, monkeypatch):
+def test_a_run_on_the_device_that_crashed_ends_with_the_same_bytes(command, tmp_path, at_step):
     arguments = [*SMALL, "augment=light", "data.cache=device", "logger=csv"]
     whole = finish(tmp_path / "whole", *arguments)
-    lost = []
-
-    def on_before_optimizer_step(self, trainer, task, optimizer):
-        if trainer.global_step == 7 and not lost:
-            lost.append(7)
-            raise RuntimeError("the power is gone")
-
-    monkeypatch.setattr(
-        StepCheckpoints, "on_before_optimizer_step", on_before_optimizer_step, raising=False
-    )
+    at_step(7, lose)
     assert command("train", *arguments, "hydra.run.dir=run").code == 1
     refused = command("train", "resume=run", "data.cache=ram")
     assert "data.cache: the run has device, not ram" in refused.err

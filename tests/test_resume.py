@@ -6,9 +6,8 @@ import signal
 
 import pytest
 
-from conftest import SMALL, assert_same_end, facts_of, finish, same, series, write_photos
+from conftest import SMALL, assert_same_end, facts_of, finish, lose, same, series, write_photos
 from finetune import checkpoint
-from finetune.callbacks import StepCheckpoints
 from finetune.tasks.classification import Classification
 
 # 15 steps, 5 of an epoch
@@ -21,31 +20,8 @@ def whole(tmp_path_factory):
     return finish(tmp_path_factory.mktemp("whole") / "run", *RUN)
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(7, action): call action once, in the middle of this step."""
-
-    def arrange(step, action):
-        done = []
-
-        def on_before_optimizer_step(self, trainer, task, optimizer):
-            if trainer.global_step == step and not done:
-                done.append(step)
-                action()
-
-        monkeypatch.setattr(
-            StepCheckpoints, "on_before_optimizer_step", on_before_optimizer_step, raising=False
-        )
-
-    return arrange
-
-
 def terminate():
     signal.raise_signal(signal.SIGTERM)
-
-
-def lose():
-    raise RuntimeError("the power is gone")
 
 
 def newest(run):
