@@ -4,9 +4,10 @@ python tests/bench.py [ROW...] [--quick] [--out FILE]: prints each row as soon a
 and a table. All rows together are written to docs/benchmark.md; some of them, or a --quick round
 (a minute or three, to see that it works), only to the FILE that is named.
 
-Each thing is measured in a process of its own, in turn with what it is held against, A B A B. A
-row is the median over the rounds, of ratios within a round, and the range from the least to the
-largest. The first 20 steps of a training are left out.
+Each thing is measured in a process of its own, in turn with what it is held against, A B A B:
+trainings take turns of a second, see bench_turns.py. A row is the median over the rounds, of ratios
+within a round, and the range from the least to the largest. The first 20 steps of a training are
+left out.
 """
 
 import argparse
@@ -14,14 +15,12 @@ import json
 import math
 import os
 import platform
-import pty
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench_images import CLASSES, unpack_cifar, write_files, write_images
+from bench_turns import Training, take_turns
 from finetune.machine import total_memory, usable_cores
 
 TESTS = Path(__file__).parent
@@ -143,9 +143,10 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
         "",
-        "Each thing is measured in a process of its own, in turn with what it is held against (A B",
-        "A B). A row is the median over the rounds of the ratio within a round, and its range. The",
-        "first 20 steps of a training are left out. `recipe=textbook strategy=full augment=light`,",
+        "Each thing is measured in a process of its own, in turn with what it is held against, A B",
+        "A B; trainings take turns of a second. A row is the median over the rounds of the ratio",
+        "within a round, and its range. The first 20 steps of a training are left out.",
+        "`recipe=textbook strategy=full augment=light`,",
         f"batches of {Size.batch} ({Size.large_batch} at 224 px), as many threads as cores, unless",
         "a row says otherwise. The limit is forward, backward and step on a batch at hand. The",
         "plain loop is that of the tutorials: ImageFolder, PIL transforms, DataLoader. Code:",
@@ -163,22 +164,22 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
 
 @dataclass
 class Size:
-    """How much is measured. seconds: of each training, or steps. large_batch: at 224 px.
+    """How much is measured. seconds: of each training in a round. large_batch: at 224 px.
 
     pixels: of the images that are trained on. workers: of the plain loop, whose best counts.
     """
 
-    rounds: int = 3
+    rounds: int = 5
     seconds: float = 10.0
+    turn: float = 1.0  # seconds
     batch: int = 64
-    steps: int | None = None
     large_batch: int = 32
     pixels: tuple[int, ...] = (64, 32)
     workers: tuple[int, ...] = (0, 1, 2)
     frozen: tuple[int, ...] = (2, 4)  # layers
     images: int = 5000
     large_images: int = 600
-    watched: int = 220  # steps, in which a checkpoint of every 200 falls
+    watched: int = 200  # steps of a round, in which one checkpoint falls
     starts: int = 7
     files: int = 1_000_000
     epoch_sizes: tuple[int, ...] = (1000, 10_000, 30_000, MANY)
@@ -187,19 +188,22 @@ class Size:
 QUICK = Size(
     rounds=1,
     seconds=1.0,
+    turn=0.3,
     batch=8,
     large_batch=4,
     images=300,
     large_images=64,
-    steps=24,
     pixels=(32,),
     workers=(0, 2),
     frozen=(2,),
-    watched=4,
+    watched=10,
     starts=1,
     files=20_000,
     epoch_sizes=(200, 1000, 2000),
 )
+
+
+Side = Callable[[], Training]
 
 
 class Place:
@@ -209,7 +213,6 @@ class Place:
         self.folder, self.size = folder, size
         self.cores, self.on_gpu = usable_cores(), False
         self._count = 0
-        self._limits: dict[str, float] = {}
 
     def new(self, name: str) -> Path:
         """A path that is not there yet."""
@@ -239,49 +242,73 @@ class Place:
         words = (f"tests/{script}.py", name, json.dumps(arguments))
         return json.loads(self.run(*words, cache=cache).splitlines()[-1])
 
-    def limit(self, model: str, size: int, batch: int, **arguments: Any) -> float:
-        """Images per second of a batch that is there."""
-        found = self.call(
-            "bench_plain", "limit", model=model, size=size, batch=batch,
-            seconds=self.size.seconds, classes=CLASSES, **arguments,
-        )  # fmt: skip
-        self._limits[f"{model} {size}"] = found["rate"]
-        return tell("limit", found["rate"])
+    def limit(self, model: str, size: int, batch: int, fast: bool = False) -> Side:
+        """Steps on a batch that is there."""
+        arguments = {"model": model, "size": size, "batch": batch, "classes": CLASSES, "fast": fast}
+        return self.side("bench_plain", "limit", arguments)
 
-    def loop(self, root: Path, model: str, size: int, batch: int, workers: int) -> float:
-        """Images per second of a plain loop."""
-        found = self.call(
-            "bench_plain", "loop", root=str(root), model=model, size=size, batch=batch,
-            workers=workers, seconds=self.size.seconds,
-        )  # fmt: skip
-        return tell(f"plain loop, {workers} workers", found["rate"])
+    def loops(self, root: Path, model: str, size: int, batch: int) -> dict[str, Side]:
+        """The plain loop with each number of workers."""
+        arguments = {"root": str(root), "model": model, "size": size, "batch": batch}
+        return {
+            f"{workers} workers": self.side("bench_plain", "loop", arguments | {"workers": workers})
+            for workers in self.size.workers
+        }
 
-    def steps(
-        self, model: str, size: int, batch: int, share: float = 1.0, fast: bool = False
-    ) -> int:
-        """max_steps that take as long as the others are measured, and 20 before."""
-        if self.size.steps:
-            return self.size.steps
-        if f"{model} {size}" not in self._limits:
-            self.limit(model, size, batch, fast=fast)
-        rate = share * self._limits[f"{model} {size}"]
-        return 20 + math.ceil(self.size.seconds * rate / batch)
+    def ours(self, *overrides: str, terminal: bool = False) -> Side:
+        """train.py, for much longer than it is measured: validations are far between."""
+        arguments = [*overrides, "epochs=25000", f"hydra.run.dir={self.new('run')}"]
+        return self.side("bench_ours", "stepping", {"arguments": arguments}, terminal)
 
-    def train(self, *overrides: str, cache: Path | None = None, terminal: bool = False) -> Any:
-        """run.json of a run of train.py. terminal: it is shown a progress bar, as a person is."""
+    def bare(self, *overrides: str) -> Side:
+        """The same without all that watches over a run."""
+        arguments = {"arguments": [*overrides, "epochs=25000"], "run": str(self.new("bare"))}
+        return self.side("bench_ours", "bare", arguments)
+
+    def side(
+        self, script: str, name: str, arguments: Mapping[str, Any], terminal: bool = False
+    ) -> Side:
+        """A function of tests/bench_plain.py or bench_ours.py that tells of its steps."""
+        words = [sys.executable, f"tests/{script}.py", name, json.dumps(arguments)]
+        return lambda: Training(words, ROOT, self.environment(), self.new("said"), terminal)
+
+    def in_turns(self, sides: Mapping[str, Side], images: int = 0) -> dict[str, list[float]]:
+        """Images per second of each side in each round, of at least so many images."""
+        with begun(sides) as trainings:
+            return self._rates(trainings, self.size.rounds, images)
+
+    def against_best(
+        self, sides: Mapping[str, Side], others: Mapping[str, Side]
+    ) -> tuple[dict[str, list[float]], str]:
+        """The same of sides and of the one of others that is fastest in the first round; its name.
+
+        It keeps the advantage that it had in this round.
+        """
+        with begun({**sides, **others}) as trainings:
+            first = self._rates(trainings, 1)
+            best = max(others, key=lambda name: first[name][0])
+            for name in others:
+                if name != best:
+                    trainings.pop(name).end()
+            rest = self._rates(trainings, self.size.rounds - 1)
+        return {name: first[name] + rest[name] for name in rest}, best
+
+    def _rates(
+        self, trainings: Mapping[str, Training], rounds: int, images: int = 0
+    ) -> dict[str, list[float]]:
+        found = take_turns(trainings, rounds, self.size.seconds, self.size.turn, images)
+        for name, values in found.items():
+            for value in values:
+                tell(name, value)
+        return found
+
+    def train(self, *overrides: str) -> Any:
+        """run.json of a run of train.py."""
         run = self.new("run")
-        words = ("train.py", *overrides, f"hydra.run.dir={run}")
-        if terminal:
-            run_in_terminal([sys.executable, *words], self.environment(cache))
-        else:
-            self.run(*words, cache=cache)
+        self.run("train.py", *overrides, f"hydra.run.dir={run}")
         facts = json.loads((run / "run.json").read_text())
         shutil.rmtree(run)
         return facts
-
-    def ours(self, *overrides: str, name: str = "ours", terminal: bool = False) -> float:
-        """images_per_second of a run of train.py."""
-        return tell(name, self.train(*overrides, terminal=terminal)["images_per_second"])
 
     def clocked(self, *overrides: str, cache: Path | None = None) -> Any:
         """Seconds within a run of train.py."""
@@ -324,36 +351,23 @@ class Place:
         return root
 
 
+@contextmanager
+def begun(sides: Mapping[str, Side]) -> Iterator[dict[str, Training]]:
+    """A training of each side, until this ends."""
+    trainings: dict[str, Training] = {}
+    try:
+        for name, begin in sides.items():
+            trainings[name] = begin()
+        yield trainings
+    finally:
+        for training in trainings.values():
+            training.end()
+
+
 def tell(name: str, value: float, unit: str = "images/s") -> float:
     """Print a single figure as it is found; it is given back."""
     print(f"    {name}: {shown(value, unit)}", flush=True)
     return value
-
-
-def run_in_terminal(words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a process whose output goes to a terminal that nobody looks at."""
-    ours, theirs = pty.openpty()
-    said = bytearray()
-
-    def read() -> None:
-        with suppress(OSError):  # the other end was closed
-            while part := os.read(ours, 65536):
-                said.extend(part)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    terminal = {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
-    try:
-        done = subprocess.run(
-            words, cwd=ROOT, env={**environment, **terminal}, check=False,
-            stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-        )  # fmt: skip
-    finally:
-        os.close(theirs)
-        reader.join(timeout=5)
-        os.close(ours)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {said[-1500:].decode(errors='replace')}")
 
 
 Measure = Callable[[], float]
@@ -368,54 +382,27 @@ def alternate(sides: Mapping[str, Measure], rounds: int) -> dict[str, list[float
     return found
 
 
-def against_best(
-    sides: Mapping[str, Measure], others: Mapping[str, Measure], rounds: int
-) -> tuple[dict[str, list[float]], str]:
-    """The values of sides and of that one of others which is fastest in the first round; its name.
-
-    It keeps the advantage that it had in this round.
-    """
-    first = alternate({**sides, **others}, 1)
-    best = max(others, key=lambda name: first[name][0])
-    rest = alternate({**sides, best: others[best]}, rounds - 1)
-    return {name: first[name] + rest[name] for name in (*sides, best)}, best
-
-
 # The rows -----------------------------------------------------------------------------------------
 
 
-def folder_of(
-    root: Path, model: str, size: int, batch: int, *more: str, augment: str = "light"
-) -> list[str]:
+def folder_of(root: Path, model: str, size: int, batch: int, augment: str = "light") -> list[str]:
     """Overrides for a model from scratch on a folder."""
     return [
         *EVERYTHING, f"augment={augment}", "data=image_folder", f"data.root={root}",
-        f"model={model}",
-        "model.weights=null", f"model.input_size={size}", f"batch_size={batch}", *more,
+        f"model={model}", "model.weights=null", f"model.input_size={size}", f"batch_size={batch}",
     ]  # fmt: skip
-
-
-def loops(place: Place, root: Path, model: str, size: int, batch: int) -> dict[str, Measure]:
-    """The plain loop with each number of workers."""
-
-    def measure(workers: int) -> Measure:
-        return lambda: place.loop(root, model, size, batch, workers)
-
-    return {f"{workers} workers": measure(workers) for workers in place.size.workers}
 
 
 def training(place: Place) -> Iterator[Row]:
     """Rows 1 and 2: next to the limit and to a plain loop."""
-    root, model = place.small(), "resnet18"
+    root, model, batch = place.small(), "resnet18", place.size.batch
     for size in place.size.pixels:
-        steps = place.steps(model, size, place.size.batch)
-        overrides = folder_of(root, model, size, place.size.batch, f"max_steps={steps}")
-        sides: dict[str, Measure] = {
-            "limit": lambda size=size: place.limit(model, size, place.size.batch),
-            "ours": lambda overrides=overrides: place.ours(*overrides),
-        }
-        found, best = against_best(
-            sides, loops(place, root, model, size, place.size.batch), place.size.rounds
+        found, best = place.against_best(
+            {
+                "limit": place.limit(model, size, batch),
+                "ours": place.ours(*folder_of(root, model, size, batch)),
+            },
+            place.loops(root, model, size, batch),
         )
         ours, work = rates("ours", found["ours"]), f"training, {model} {size} px, JPEGs, CPU"
         yield Row(
@@ -431,16 +418,11 @@ def training(place: Place) -> Iterator[Row]:
 
 def busy(place: Place) -> Iterator[Row]:
     """Row 3: with another process that computes on two threads."""
-    root, model, size = place.small(), "resnet18", 64
-    steps = place.steps(model, size, place.size.batch, share=0.3)
-    overrides = folder_of(root, model, size, place.size.batch, f"max_steps={steps}")
+    root, model, size, batch = place.small(), "resnet18", 64, place.size.batch
+    loop = place.loops(root, model, size, batch)["2 workers"]
     with another_process(place):
-        found = alternate(
-            {
-                "ours": lambda: place.ours(*overrides),
-                "loop": lambda: place.loop(root, model, size, place.size.batch, 2),
-            },
-            place.size.rounds,
+        found = place.in_turns(
+            {"ours": place.ours(*folder_of(root, model, size, batch)), "loop": loop}
         )
     yield Row(
         f"the same at {size} px, another process busy", "plain loop, its default of 2 workers",
@@ -466,16 +448,14 @@ def another_process(place: Place) -> Iterator[None]:
 
 def photos(place: Place) -> Iterator[Row]:
     """Row 4: where decoding is a part of the work."""
-    root, model, size = place.large(), "mobilenet_v3_small", 224
-    steps = place.steps(model, size, place.size.large_batch)
-    overrides = folder_of(root, model, size, place.size.large_batch, f"max_steps={steps}")
-    found, best = against_best(
+    root, model, size, batch = place.large(), "mobilenet_v3_small", 224, place.size.large_batch
+    overrides = folder_of(root, model, size, batch)
+    found, best = place.against_best(
         {
-            "ours": lambda: place.ours(*overrides),
-            "decoding": lambda: place.ours(*overrides, "data.cache=none"),
+            "ours": place.ours(*overrides),
+            "decoding": place.ours(*overrides, "data.cache=none"),
         },
-        loops(place, root, model, size, place.size.large_batch),
-        place.size.rounds,
+        place.loops(root, model, size, batch),
     )
     for name, how in (
         ("ours", ", once decoded: data.cache=auto does so before the first step"),
@@ -527,25 +507,21 @@ def probe(place: Place) -> Iterator[Row]:
 
 def prefix(place: Place) -> Iterator[Row]:
     """Row 6: the first layers frozen, with and without what is kept of them."""
-    root, model, size = place.small(), "resnet18", 64
-    steps = place.steps(model, size, place.size.batch)
+    root, model, size, batch = place.small(), "resnet18", 64, place.size.batch
     for layers in place.size.frozen:
         frozen = place.call(
-            "bench_plain", "limit", model=model, size=size, batch=place.size.batch, classes=CLASSES,
-            seconds=place.size.seconds / 2, freeze=layers,
-        )["frozen"]  # fmt: skip
-        overrides = folder_of(
-            root, model, size, place.size.batch, f"max_steps={steps}",
-            f"freeze_until={layers}", "data.fraction=0.2", augment="none",
-        )  # fmt: skip
-        found = alternate(
+            "bench_plain", "frozen", model=model, size=size, batch=batch, classes=CLASSES,
+            layers=layers, seconds=place.size.seconds,
+        )["share"]  # fmt: skip
+        overrides = [
+            *folder_of(root, model, size, batch, augment="none"),
+            f"freeze_until={layers}", "data.fraction=0.2",
+        ]  # fmt: skip
+        found = place.in_turns(
             {
-                "kept": lambda o=overrides: place.ours(*o, name="kept"),
-                "not kept": lambda o=overrides: place.ours(
-                    *o, "features.cache=none", name="not kept"
-                ),
-            },
-            max(1, place.size.rounds - 1),
+                "kept": place.ours(*overrides),
+                "not kept": place.ours(*overrides, "features.cache=none"),
+            }
         )
         faster = ratios(found["kept"], found["not kept"])
         yield Row(
@@ -618,24 +594,22 @@ def validation(place: Place) -> Iterator[Row]:
 
 def extras(place: Place) -> Iterator[Row]:
     """Row 10: all that watches over a run."""
-    steps = 20 + place.size.watched
-    overrides = folder_of(place.small(), "resnet18", 32, place.size.batch)
-    overrides += [f"max_steps={steps}", "checkpoint.every_n_steps=200"]
-    found = alternate(
+    steps, batch = place.size.watched, place.size.batch
+    overrides = folder_of(place.small(), "resnet18", 32, batch)
+    watched = [*overrides, f"checkpoint.every_n_steps={steps}"]
+    found = place.in_turns(
         {
-            "all": lambda: place.ours(*overrides, name="all of them", terminal=True),
-            "none": lambda: tell(
-                "none of them", place.call("bench_ours", "bare", arguments=overrides)["rate"]
-            ),
+            "all of them": place.ours(*watched, terminal=True),
+            "none of them": place.bare(*overrides),
         },
-        place.size.rounds,
+        images=steps * batch,
     )
-    cost = [100 * (ratio - 1) for ratio in ratios(found["none"], found["all"])]
+    on, off = found["all of them"], found["none of them"]
     yield Row(
         "TensorBoard, progress bar, guards, a checkpoint every 200 steps", "all of them off",
-        Goal("≤", 2, "%"), cost,
-        f"resnet18 32 px, {place.size.watched} steps; images/s: {rates('on', found['all'])}, "
-        f"{rates('off', found['none'])}",
+        Goal("≤", 2, "%"), [100 * (ratio - 1) for ratio in ratios(off, on)],
+        f"resnet18 32 px, rounds of {steps} steps; images/s: {rates('on', on)}, "
+        f"{rates('off', off)}",
     )  # fmt: skip
 
 
@@ -721,17 +695,15 @@ def gpu(place: Place) -> Iterator[Row]:
         if name is None:
             yield Row(work, against, goal, [], "no GPU here")
             continue
-        steps = place.steps(model, size, batch, fast=is_fast)
         overrides = [
             *EVERYTHING, "augment=light", *data(), f"model={model}", "model.weights=null",
-            f"model.input_size={size}", f"batch_size={batch}", f"max_steps={steps}",
+            f"model.input_size={size}", f"batch_size={batch}",
         ]  # fmt: skip
-        found = alternate(
+        found = place.in_turns(
             {
-                "limit": lambda m=model, s=size, b=batch, f=is_fast: place.limit(m, s, b, fast=f),
-                "ours": lambda o=overrides: place.ours(*o),
-            },
-            place.size.rounds,
+                "limit": place.limit(model, size, batch, fast=is_fast),
+                "ours": place.ours(*overrides),
+            }
         )
         yield Row(
             work, against, goal, ratios(found["ours"], found["limit"]),

@@ -10,21 +10,22 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.machine import let_threads_sleep
+from finetune.machine import keep_freed_memory, let_threads_sleep
 
 let_threads_sleep()  # as train.py does, before torch
+keep_freed_memory()
 
 import lightning as L  # noqa: E402
+import torch  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 import finetune.data.image_folder  # noqa: E402, F401  its own memory is not that of an index
+from bench_turns import tell_step  # noqa: E402
 from finetune import build, callbacks, fit, train  # noqa: E402
-from finetune.callbacks import MaxSteps, Throughput  # noqa: E402
 from finetune.overrides import compose_jobs  # noqa: E402
 
 
@@ -110,17 +111,42 @@ def last_of(metrics: Path, name: str) -> float:
         return [float(r["value"]) for r in csv.DictReader(file) if r["metric"] == name][-1]
 
 
-def bare(arguments: Sequence[str]) -> dict[str, float | None]:
-    """Images per second without loggers, progress bar, guards and checkpoints."""
+class Steps(Callback):
+    """Tells of each step; on a GPU of ten at once, when they are done, as bench_plain.py does."""
+
+    def __init__(self) -> None:
+        self.images = self.steps = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.images += len(batch[1])
+        self.steps += 1
+        if pl_module.device.type == "cuda":
+            if self.steps % 10:
+                return
+            torch.cuda.synchronize()
+        tell_step(self.images)
+        self.images = 0
+
+
+def stepping(arguments: Sequence[str]) -> None:
+    """train.py, until it is killed; it tells of its steps."""
+    build_trainer = build.build_trainer
+
+    def telling(cfg, run, budget, others, loggers):
+        return build_trainer(cfg, run, budget, [*others, Steps()], loggers)
+
+    build.build_trainer = telling
+    sys.argv = ["train.py", *arguments]
+    train.main()
+
+
+def bare(arguments: Sequence[str], run: str) -> None:
+    """The same without loggers, progress bar, guards and checkpoints."""
     (cfg,) = compose_jobs("train", [*arguments])
     fit.quiet_libraries()
-    with tempfile.TemporaryDirectory(prefix="bench-bare-") as run:
-        parts = fit.prepare(cfg, "", Path(run))
-        throughput = Throughput()
-        few = [MaxSteps(parts.cfg.max_steps), throughput]
-        trainer = build.build_trainer(parts.cfg, Path(run), parts.budget, few, loggers=[])
-        trainer.fit(parts.task, parts.datamodule)
-    return {"rate": throughput.images_per_second}
+    parts = fit.prepare(cfg, "", Path(run))
+    trainer = build.build_trainer(parts.cfg, Path(run), parts.budget, [Steps()], loggers=[])
+    trainer.fit(parts.task, parts.datamodule)
 
 
 def index(arguments: Sequence[str]) -> dict[str, float]:

@@ -1,15 +1,16 @@
 """What bench.py measures against: plain PyTorch, as textbooks and tutorials have it.
 
 python tests/bench_plain.py NAME '{"argument": value}': a function below, and what it gives as JSON.
+limit and loop train until they are killed, and tell of their steps.
 """
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -19,29 +20,24 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.models import get_model
 
+from bench_turns import tell_step
 from finetune.layering import layer_modules
 
-SKIP = 20  # steps that are left out, as in images_per_second of run.json
-MOST_SKIPPED = 15.0  # seconds, where 20 steps take longer
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LR, MOMENTUM = 0.001, 0.9  # of recipe=textbook
 
 
-def steps_per_second(step: Callable[[], None], seconds: float) -> float:
-    """Steps for at least so many seconds, the first ones left out."""
-    began, skipped = time.perf_counter(), 0
-    while skipped < SKIP and time.perf_counter() - began < MOST_SKIPPED:
-        step()
-        skipped += 1
-    wait_for_device()
-    began, steps = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        step()
+def forever(step: Callable[[], int]) -> NoReturn:
+    """Steps, each of which gives its images, until the process is killed."""
+    images = steps = 0
+    while True:
+        images += step()
         steps += 1
-        if torch.cuda.is_available() and steps % 10 == 0:
-            wait_for_device()  # or the queue grows and the clock sees nothing
-    wait_for_device()
-    return steps / (time.perf_counter() - began)
+        if torch.cuda.is_available() and steps % 10:
+            continue  # or the queue grows and the clock sees nothing
+        wait_for_device()
+        tell_step(images)
+        images = 0
 
 
 def wait_for_device() -> None:
@@ -50,19 +46,12 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def limit(
-    model: str,
-    size: int,
-    batch: int,
-    seconds: float,
-    classes: int = 10,
-    freeze: int = 0,
-    fast: bool = False,
-) -> dict[str, float]:
-    """Forward, backward and step on a batch that is there: images per second.
+def at_hand(
+    model: str, size: int, batch: int, classes: int, freeze: int = 0, fast: bool = False
+) -> tuple[Callable[[], int], "FrozenClock"]:
+    """Forward, backward and step on a batch that is there.
 
-    freeze: the first layers; frozen is then their share of the time. fast: bf16, channels_last and
-    compiled.
+    freeze: the first layers, and a clock for them. fast: bf16, channels_last and compiled.
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,7 +66,7 @@ def limit(
     trains = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trains, LR, MOMENTUM)
 
-    def step() -> None:
+    def step() -> int:
         optimizer.zero_grad()
         clock.start()
         pixels = (images.float() / 255 - mean) / std
@@ -85,9 +74,29 @@ def limit(
             loss = F.cross_entropy(net(pixels), labels)
         loss.backward()
         optimizer.step()
+        return batch
 
-    rate = steps_per_second(step, seconds)
-    return {"rate": rate * batch, "frozen": clock.seconds_per_step() * rate}
+    return step, clock
+
+
+def limit(model: str, size: int, batch: int, classes: int = 10, fast: bool = False) -> None:
+    """What no training can be faster than: see at_hand."""
+    step, _ = at_hand(model, size, batch, classes, fast=fast)
+    forever(step)
+
+
+def frozen(
+    model: str, size: int, batch: int, classes: int, layers: int, seconds: float
+) -> dict[str, float]:
+    """The share of a step that its first layers take where they are frozen."""
+    step, clock = at_hand(model, size, batch, classes, freeze=layers)
+    for _ in range(3):
+        step()
+    clock.seconds.clear()
+    began = time.perf_counter()
+    while (passed := time.perf_counter() - began) < seconds:
+        step()
+    return {"share": sum(clock.seconds) / passed}
 
 
 class FrozenClock:
@@ -95,7 +104,8 @@ class FrozenClock:
 
     def __init__(self, net: nn.Module, layers: int) -> None:
         net.train()
-        self.began, self.seconds = 0.0, []
+        self.began = 0.0
+        self.seconds: list[float] = []
         modules = [m for layer in layer_modules(net)[:layers] for m in layer.values()]
         for module in modules:
             module.eval().requires_grad_(False)
@@ -108,11 +118,8 @@ class FrozenClock:
     def stop(self, *args: object) -> None:
         self.seconds.append(time.perf_counter() - self.began)
 
-    def seconds_per_step(self) -> float:
-        return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else 0.0
 
-
-def forever(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """Epoch after epoch."""
     while True:
         yield from loader
@@ -131,20 +138,17 @@ def training_folder(root: str, size: int) -> ImageFolder:
     return ImageFolder(str(Path(root) / "train"), transform)
 
 
-def loop(
-    root: str, model: str, size: int, batch: int, workers: int, seconds: float
-) -> dict[str, float]:
-    """The loop of the tutorials over a folder: images per second."""
+def loop(root: str, model: str, size: int, batch: int, workers: int) -> None:
+    """The loop of the tutorials over a folder."""
     torch.manual_seed(0)
     folder = training_folder(root, size)
     loader = DataLoader(folder, batch_size=batch, shuffle=True, num_workers=workers)
-    batches = forever(loader)
+    batches = endless(loader)
     net = get_model(model, num_classes=len(folder.classes)).train()
     optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM)
-    sizes: list[int] = []
     running_loss = 0.0
 
-    def step() -> None:
+    def step() -> int:
         nonlocal running_loss
         images, labels = next(batches)
         optimizer.zero_grad()
@@ -152,10 +156,9 @@ def loop(
         loss.backward()
         optimizer.step()
         running_loss += loss.item()
-        sizes.append(len(labels))
+        return len(labels)
 
-    rate = steps_per_second(step, seconds)
-    return {"rate": rate * statistics.mean(sizes)}
+    forever(step)
 
 
 def weights(path: str, model: str) -> dict[str, float]:

@@ -1,11 +1,14 @@
 """What make bench computes from its figures, and a round of its cheapest rows."""
 
-import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from io import BytesIO
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +23,7 @@ pytest.importorskip("pty")  # not on Windows, as make
 import bench
 import bench_images
 from bench import Goal, Row
+from bench_turns import Training, take_turns
 
 
 def row(*values, sign="≥", bound=2.0, unit="x", **more):
@@ -62,22 +66,72 @@ def test_ratios_are_taken_within_a_round():
         bench.ratios([1.0], [])
 
 
-def test_sides_are_measured_in_turn_and_the_best_other_is_that_of_the_first_round():
-    called, rates = [], {"ours": [5, 5, 5], "0 workers": [2, 1, 3], "2 workers": [1]}
+STEPS = """
+import sys, time
+sys.path.insert(0, "tests")
+from bench_turns import tell_step
+while True:
+    time.sleep({seconds})
+    tell_step({images})
+"""
+
+
+def trains(place, **step):
+    return lambda: Training(
+        [sys.executable, "-c", STEPS.format(**step)], CONF.parent, os.environ, place / "said"
+    )
+
+
+def test_trainings_take_turns_and_the_rate_is_that_of_the_turns(tmp_path):
+    sides = {
+        "ours": trains(tmp_path, seconds=0.01, images=8),
+        "loop": trains(tmp_path, seconds=0.02, images=4),
+    }
+    with bench.begun(sides) as trainings:
+        found = take_turns(trainings, rounds=2, seconds=0.2, turn=0.05)
+        processes = [training.process for training in trainings.values()]
+    assert all(2.5 < ratio < 6 for ratio in bench.ratios(found["ours"], found["loop"]))
+    assert len(found["ours"]) == 2
+    assert 100 < found["loop"][0] < 200  # not half of it: the other's turns do not count
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_a_training_stands_still_between_its_turns(tmp_path):
+    with bench.begun({"ours": trains(tmp_path, seconds=0.001, images=1)}) as trainings:
+        trainings["ours"].turn(0.1)
+        time.sleep(0.5)
+        assert trainings["ours"].turn(0.0)[0] < 20
+
+
+def test_a_training_that_ends_is_told_with_what_it_said(tmp_path):
+    words = [sys.executable, "-c", "print('no such folder')"]
+    with pytest.raises(RuntimeError, match="it ended: no such folder"):
+        Training(words, tmp_path, os.environ, tmp_path / "said")
+
+
+def test_a_training_may_have_a_terminal(tmp_path):
+    words = [sys.executable, "-c", "import sys; print('seen' if sys.stdout.isatty() else 'blind')"]
+    with pytest.raises(RuntimeError, match="it ended: seen"):
+        Training(words, tmp_path, os.environ, tmp_path / "said", terminal=True)
+
+
+def test_the_best_other_is_that_of_the_first_round(tmp_path, monkeypatch):
+    rates = {"ours": iter([5, 5, 5]), "0 workers": iter([2, 1, 3]), "2 workers": iter([1])}
+    ended = []
+
+    def rounds(self, trainings, rounds, images=0):
+        return {name: [next(rates[name]) for _ in range(rounds)] for name in trainings}
 
     def side(name):
-        def measure():
-            called.append(name)
-            return rates[name][called.count(name) - 1]
+        return lambda: SimpleNamespace(end=lambda: ended.append(name))
 
-        return measure
-
+    monkeypatch.setattr(bench.Place, "_rates", rounds)
+    place = bench.Place(tmp_path, replace(bench.QUICK, rounds=3))
     others = {name: side(name) for name in ("0 workers", "2 workers")}
-    found, best = bench.against_best({"ours": side("ours")}, others, rounds=3)
+    found, best = place.against_best({"ours": side("ours")}, others)
     assert best == "0 workers"
     assert found == {"ours": [5, 5, 5], "0 workers": [2, 1, 3]}
-    again = ["ours", "0 workers"]
-    assert called == ["ours", "0 workers", "2 workers", *again, *again]
+    assert ended == ["2 workers", "ours", "0 workers"]
 
 
 def test_the_time_per_epoch_is_split_into_slope_and_constant():
@@ -123,9 +177,9 @@ class Paper(bench.Place):
 
     asked: ClassVar[list] = []
     figures: ClassVar[dict] = {
-        "rate": 100.0, "images_per_second": 100.0, "time_to_first_step": 9.0, "seconds": 9.0,
-        "accuracy": 0.5, "frozen": 0.3, "held": 1e6, "peak": 1e6, "files": 1000, "gpu": "one",
-        "epochs": [1.0, 1.0], "validation": 0.1, "forward": 0.1, "best": 0.1,
+        "time_to_first_step": 9.0, "seconds": 9.0, "accuracy": 0.5, "share": 0.3, "held": 1e6,
+        "peak": 1e6, "files": 1000, "gpu": "one", "epochs": [1.0, 1.0], "validation": 0.1,
+        "forward": 0.1, "best": 0.1,
     }  # fmt: skip
 
     def run(self, *words, **options):
@@ -135,7 +189,14 @@ class Paper(bench.Place):
         self.asked.append(arguments.get("arguments", []))
         return self.figures
 
-    def train(self, *overrides, **options):
+    def side(self, script, name, arguments, terminal=False):
+        self.asked.append(arguments.get("arguments", []))
+        return lambda: SimpleNamespace(end=lambda: None)
+
+    def _rates(self, trainings, rounds, images=0):
+        return {name: [100.0] * rounds for name in trainings}
+
+    def train(self, *overrides):
         self.asked.append([*overrides])
         return self.figures
 
@@ -146,7 +207,7 @@ class Paper(bench.Place):
 def test_every_row_asks_for_runs_that_can_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "another_process", nullcontext)
     monkeypatch.setattr(bench, "line_through", lambda xs, ys: (1.0, 1.0))
-    size = replace(bench.QUICK, rounds=2, steps=None, images=60, large_images=10, files=20)
+    size = replace(bench.QUICK, rounds=2, images=60, large_images=10, files=20)
     (tmp_path / "resnet18.pt").touch()  # the weights of the probe
     place = Paper(tmp_path, replace(size, pixels=(64, 32), epoch_sizes=(20, 40)))
     for name in bench.ROWS:
@@ -173,12 +234,18 @@ def test_the_cheapest_rows_can_be_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_plain_loop_learns_and_counts_images(tmp_path):
-    bench_images.write_images(tmp_path, {"train": 40, "val": 20}, (32, 32))
-    arguments = {"root": str(tmp_path), "model": "resnet18", "size": 32, "batch": 8}
-    words = [sys.executable, "tests/bench_plain.py", "loop"]
-    arguments |= {"workers": 0, "seconds": 0.1}
-    done = subprocess.run(
-        [*words, json.dumps(arguments)], cwd=CONF.parent, capture_output=True, text=True, check=True
+def test_both_sides_of_a_row_tell_of_their_steps(tmp_path):
+    root = tmp_path / "images"
+    bench_images.write_images(root, {"train": 40, "val": 20}, (32, 32))
+    place = bench.Place(tmp_path, replace(bench.QUICK, seconds=0.2, turn=0.1, workers=(0, 2)))
+    ours = bench.folder_of(root, "resnet18", 32, 8)
+    found, best = place.against_best(
+        {
+            "limit": place.limit("resnet18", 32, 8),
+            "ours": place.ours(*ours, terminal=True),
+            "bare": place.bare(*ours),
+        },
+        place.loops(root, "resnet18", 32, 8),
     )
-    assert json.loads(done.stdout)["rate"] > 0
+    assert set(found) == {"limit", "ours", "bare", best}
+    assert all(rate > 0 for rates in found.values() for rate in rates)

@@ -1,0 +1,124 @@
+"""Trainings that take turns: where the machine is slow for a while, all of them are.
+
+Each is a process that tells of its steps and stands still, workers and all, while another trains.
+"""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+SKIP = 20  # steps that are left out, as in images_per_second of run.json
+MOST_SKIPPED = 15.0  # seconds, where 20 steps take longer
+SILENCE = 300.0  # seconds without a step: it hangs
+SIZE = 8  # bytes that tell of a step
+CHANNEL = "BENCH_STEPS"  # the file descriptor that they are written to
+
+
+def tell_step(images: int) -> None:
+    """Say, in a training, that a step of so many images is over."""
+    os.write(int(os.environ[CHANNEL]), images.to_bytes(SIZE, "little"))
+
+
+class Training:
+    """A process that calls tell_step after each step, stopped once it has begun.
+
+    terminal: it is shown one, as a person's is. Raises RuntimeError where the process ends.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        said: Path,
+        terminal: bool = False,
+    ) -> None:
+        self.words, self.said = words, said
+        self._steps, theirs = os.pipe()
+        self._reader: threading.Thread | None = None
+        if terminal:
+            screen, output = pty.openpty()
+            self._reader = threading.Thread(target=copy, args=(screen, said), daemon=True)
+            environment = {**environment, "TERM": "xterm-256color", "COLUMNS": "120"}
+        else:
+            output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.process = subprocess.Popen(
+            words, cwd=folder, env={**environment, CHANNEL: str(theirs)}, pass_fds=[theirs],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        os.close(theirs)
+        os.close(output)
+        if self._reader:
+            self._reader.start()
+        try:
+            self._warm_up()
+        except RuntimeError:
+            self.end()
+            raise
+
+    def _warm_up(self) -> None:
+        self._next_step()
+        began, steps = time.monotonic(), 1
+        while steps < SKIP and time.monotonic() - began < MOST_SKIPPED:
+            self._next_step()
+            steps += 1
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def turn(self, seconds: float) -> tuple[int, float]:
+        """Train for at least so long, to the end of a step: images, and seconds it took."""
+        images, began = 0, time.perf_counter()
+        os.killpg(self.process.pid, signal.SIGCONT)
+        while time.perf_counter() - began < seconds:
+            images += self._next_step()
+        took = time.perf_counter() - began
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        return images, took
+
+    def _next_step(self) -> int:
+        ready, _, _ = select.select([self._steps], [], [], SILENCE)
+        told = os.read(self._steps, SIZE) if ready else b""
+        if not told:
+            why = "it ended" if ready else f"no step for {SILENCE:.0f} s"
+            if ready and self._reader:
+                self._reader.join(timeout=5)
+            raise RuntimeError(f"{' '.join(self.words)}: {why}: {self.said.read_text()[-1500:]}")
+        return int.from_bytes(told, "little")
+
+    def end(self) -> None:
+        """Kill it and its workers."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self._steps)
+
+
+def copy(screen: int, said: Path) -> None:
+    """What goes to a terminal, into a file."""
+    with said.open("wb", buffering=0) as file, suppress(OSError):  # the other end was closed
+        while part := os.read(screen, 65536):
+            file.write(part)
+    os.close(screen)
+
+
+def take_turns(
+    trainings: Mapping[str, Training], rounds: int, seconds: float, turn: float = 1.0
+) -> dict[str, list[float]]:
+    """Images per second of each in each round, A B A B: turns of at least so many seconds."""
+    found: dict[str, list[float]] = {name: [] for name in trainings}
+    for _ in range(rounds):
+        images, spent = dict.fromkeys(trainings, 0), dict.fromkeys(trainings, 0.0)
+        while min(spent.values()) < seconds:
+            for name, training in trainings.items():
+                seen, took = training.turn(turn)
+                images[name] += seen
+                spent[name] += took
+        for name in trainings:
+            found[name].append(images[name] / spent[name])
+    return found
