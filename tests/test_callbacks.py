@@ -1,17 +1,21 @@
 """What is kept of a run, and how it stops."""
 
 import json
+import os
 import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import SMALL, facts_of, metrics_of, series
+from conftest import SMALL, assert_same_end, facts_of, lose, metrics_of, series
 from finetune import checkpoint
 from finetune.callbacks import (
+    Pace,
     StepCheckpoints,
     StopSignals,
     Throughput,
@@ -66,6 +70,70 @@ def test_the_newest_two_step_checkpoints_stay(train):
     assert {path.suffix for path in (run / "checkpoints").iterdir()} == {".ckpt"}
 
 
+def test_writing_takes_a_share_of_the_time_or_all_that_it_needs(monkeypatch):
+    now, trainer = [100.0], SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace, always = Pace(0.1), Pace()
+    for each in (pace, always):
+        assert each.allows(trainer)
+        with suppress(OSError), each.writing():  # what fails takes its time too
+            now[0] += 2
+            raise OSError
+    assert (pace.allows(trainer), always.allows(trainer)) == (False, True)
+    now[0] = 120.0
+    assert pace.allows(trainer)
+
+
+BEST_AT_FIRST = ("monitor=val/accuracy", "epochs=4", "seed=4")  # it stays what it was
+
+
+@pytest.fixture
+def spared(monkeypatch):
+    """spared(True, False): whether there is time for a checkpoint, each time that one asks."""
+
+    def arrange(*answers):
+        answers = iter(answers)
+        monkeypatch.setattr(Pace, "allows", lambda self, trainer: next(answers, False))
+
+    return arrange
+
+
+def test_without_time_to_spare_the_last_state_is_written_and_the_same_best(train, spared):
+    each = train(*BEST_AT_FIRST, name="each")
+    spared()
+    run = train(*BEST_AT_FIRST, "checkpoint.every_n_steps=null")
+    assert [path.name for path in checkpoint.step_paths(run)] == ["step-20.ckpt"]
+    assert facts_of(run)["best"]["step"] == 5
+    assert_same_end(run, each)
+
+
+def test_a_state_for_a_resume_knows_the_best_before_it(command, tmp_path, at_step, spared):
+    arguments = (*SMALL, *BEST_AT_FIRST)
+    assert command("train", *arguments, "hydra.run.dir=whole").code == 0
+    assert facts_of(tmp_path / "whole")["best"]["step"] == 5
+    spared(False, True)
+    at_step(12, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if not (pid := os.fork()):
+        command("train", *arguments, "checkpoint.every_n_steps=null", "hydra.run.dir=run")
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    at_step(12, lambda: None)
+    run = tmp_path / "run"
+    assert [path.name for path in checkpoint.step_paths(run)] == ["step-10.ckpt"]
+    assert checkpoint.read(checkpoint.best_path(run)).step == 5
+    assert command("train", "resume=run").code == 0
+    assert_same_end(run, tmp_path / "whole")
+
+
+def test_what_ends_in_an_error_leaves_its_best(command, tmp_path, at_step, spared):
+    spared()
+    at_step(12, lose)
+    arguments = (*SMALL, "epochs=4", "checkpoint.every_n_steps=null", "hydra.run.dir=run")
+    assert command("train", *arguments).code == 1
+    run = tmp_path / "run"
+    assert not checkpoint.step_paths(run)
+    assert checkpoint.read(checkpoint.best_path(run)).step in (5, 10)
+
+
 def test_a_step_checkpoint_loads_with_weights_only(train):
     path = checkpoint.step_paths(train("epochs=1"))[0]
     content = torch.load(path, weights_only=True)
@@ -112,7 +180,7 @@ def test_a_signal_stops_a_run_and_its_record_says_so(command, tmp_path, monkeypa
 
 
 def test_a_second_signal_stops_at_once():
-    stop = StopSignals(None)
+    stop = StopSignals()
     with stop.installed():
         stop.looping = True
         signal.raise_signal(signal.SIGTERM)  # waits for the batch
@@ -123,13 +191,13 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_a_signal_that_a_terminal_and_a_launcher_both_send_is_one():
-    stop = StopSignals(None)
+    stop = StopSignals()
     with stop.installed():
         stop.looping = True
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert stop.received == signal.SIGINT
-    stop = StopSignals(None)
+    stop = StopSignals()
     with stop.installed():
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGTERM)
@@ -138,14 +206,14 @@ def test_a_signal_that_a_terminal_and_a_launcher_both_send_is_one():
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    with StopSignals(None).installed():
+    with StopSignals().installed():
         assert signal.getsignal(signal.SIGTERM) != before[1]
     after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     assert after == before
 
 
 def test_a_signal_before_training_stops_at_once():
-    with StopSignals(None).installed(), pytest.raises(Interrupted):
+    with StopSignals().installed(), pytest.raises(Interrupted):
         signal.raise_signal(signal.SIGTERM)
 
 

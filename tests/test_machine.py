@@ -1,6 +1,8 @@
 """What of the machine is used: in a container, bound to a few cores, or asked for otherwise."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +10,7 @@ from conftest import plain, write_photos
 from finetune import build
 from finetune.machine import (
     free_memory,
+    let_threads_sleep,
     num_threads,
     num_workers,
     quota,
@@ -102,3 +105,41 @@ def test_how_the_cores_are_used_is_told(caplog, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     build.tell_of_cores(plain("data=fake", "trainer.accelerator=cpu"), workers=2)
     assert "1 threads compute, 2 workers read images" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's malloc")
+@pytest.mark.parametrize(("set_outside", "fewer"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
+def test_what_a_step_frees_serves_the_next(set_outside, fewer):
+    code = """if True:
+        import resource
+        import torch
+        from finetune.machine import keep_freed_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                torch.ones(20_000_000)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        before = faults()
+        keep_freed_memory()
+        faults()  # takes it once
+        print(faults() < before / 10)
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | set_outside, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(fewer)
+
+
+def test_threads_wait_as_is_asked_for_outside(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_threads_sleep()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("KMP_BLOCKTIME", "5")
+    let_threads_sleep()
+    assert (os.environ["GOMP_SPINCOUNT"], os.environ["KMP_BLOCKTIME"]) == ("1000", "5")

@@ -39,7 +39,7 @@ HOWS = (
     ("augment=randaugment", "mixup=0.4", "cutmix=1", "ema=0.9", "head.dropout=0.3"),
     ("trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5", "l2_sp=0.1"),
     ("trainer.val_check_interval=2", "optimizer=adamw", "monitor=val/loss"),
-    ("strategy=linear_probe", "head.init=ridge"),
+    ("strategy=linear_probe", "head.init=ridge", "checkpoint.every_n_steps=null"),
     ("strategy=lp_ft", "strategy@strategy.then=layer_decay", "augment=strong"),
     ("strategy=gradual_unfreeze", "ema=0.9"),
     ("strategy=head_lr", "freeze_until=1", "data.balance=sampler", "checkpoint.every_n_steps=3"),

@@ -417,14 +417,14 @@ def build_task(
 
 
 def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
-    """To be called with parameter groups; on a GPU in one kernel, where there is one."""
+    """To be called with parameter groups; it steps in one kernel where there is one."""
     optimizer: Callable[..., torch.optim.Optimizer] = make(cfg.optimizer)
     known = inspect.signature(optimizer).parameters
     decided = cfg.optimizer.get("fused") is not None or cfg.optimizer.get("foreach") is not None
     # Lightning refuses to clip by value, or with a scaler, what steps in one kernel
     by_value = cfg.trainer.get("gradient_clip_algorithm") == "value"
     scaled = str(cfg.trainer.precision).startswith("16")
-    if decided or by_value or scaled or "fused" not in known or not on_gpu(cfg):
+    if decided or by_value or scaled or "fused" not in known:
         return optimizer
     return partial(optimizer, fused=True)
 

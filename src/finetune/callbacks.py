@@ -6,8 +6,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -78,6 +78,33 @@ def tell_failure(write: Callable[[], None], path: Path, needed: int) -> OSError 
     return None
 
 
+class Pace:
+    """How often checkpoints are written by themselves: each time, or within a share of the time.
+
+    share: of the time that has passed, for all writing so far; None: each time.
+    """
+
+    def __init__(self, share: float | None = None) -> None:
+        self.share = share
+        self.began, self.spent = time.monotonic(), 0.0
+
+    def allows(self, trainer: L.Trainer) -> bool:
+        """Whether it is time for one; rank 0, which writes, decides for all."""
+        if self.share is None:
+            return True
+        ahead = self.spent <= self.share * (time.monotonic() - self.began)
+        return bool(trainer.strategy.broadcast(ahead))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Count what is spent inside."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent += time.monotonic() - began
+
+
 def refuse_lost_end(trainer: L.Trainer, best: "BestCheckpoint") -> None:
     """Raise CheckpointError after the training if the best or the last state is not on the disk."""
     best.publish(trainer)
@@ -99,12 +126,13 @@ def lower_is_better(monitor: str) -> bool:
 class BestCheckpoint(Callback):
     """Writes best.ckpt when the monitored metric of val is better than ever before.
 
-    best, confusion and per_class are those of the file. pending: a better one that a full disk kept
-    out; it is tried again at each validation.
+    best, confusion and per_class are those of the file. pending: a better one that is not in it:
+    the next state for a resume is written after it, where pace spares time; or a full disk kept it
+    out, and it is tried again at each validation.
     """
 
-    def __init__(self, run: Path, monitor: str) -> None:
-        self.path, self.monitor = checkpoint.best_path(run), monitor
+    def __init__(self, run: Path, monitor: str, pace: Pace) -> None:
+        self.path, self.monitor, self.pace = checkpoint.best_path(run), monitor, pace
         self.best: dict[str, Any] = {}
         self.confusion: Tensor | None = None  # of val, at the best; rows are labels
         self.per_class: list[float | None] = []  # likewise
@@ -162,23 +190,34 @@ class BestCheckpoint(Callback):
             state = trainer.strategy.lightning_module_state_dict()
             task = pl_module
             self.pending = Best(facts, state, task.model, task.last_confusion, task.last_per_class)
-        self.publish(trainer)
+            if self.pace.share is not None:
+                self.pending.keep()
+        if self.pace.share is None:
+            self.publish(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write what is pending; other ranks may be elsewhere."""
+        if self.pending and trainer.is_global_zero:
+            self._write(self.pending)
 
     def publish(self, trainer: L.Trainer) -> None:
         """Write what is pending; every rank may read it next."""
         if (best := self.pending) is None:
             return
         if trainer.is_global_zero:
-            self.failed = tell_failure(
-                lambda: write_best(self.path, best.model, best.state, best.facts),
-                self.path,
-                num_bytes(best.state),
-            )
+            self._write(best)
         if trainer.strategy.broadcast(self.failed is None):
             self.best, self.confusion, self.per_class = best.facts, best.confusion, best.per_class
             self.pending = None
-        else:  # the training goes on in the same tensors
-            best.state = {name: value.detach().cpu().clone() for name, value in best.state.items()}
+        else:
+            best.keep()
+
+    def _write(self, best: "Best") -> None:
+        self.failed = tell_failure(
+            lambda: write_best(self.path, best.model, best.state, best.facts),
+            self.path,
+            num_bytes(best.state),
+        )
 
 
 @dataclass
@@ -190,6 +229,18 @@ class Best:
     model: Classifier
     confusion: Tensor | None
     per_class: list[float | None]
+    kept: bool = False
+
+    def keep(self) -> None:
+        """Hold a copy of the weights, as the training goes on in the same tensors."""
+        if self.kept:
+            return
+        frozen = {p.data_ptr() for p in self.model.parameters() if not p.requires_grad}
+        self.state = {
+            name: value if value.data_ptr() in frozen else value.detach().to("cpu", copy=True)
+            for name, value in self.state.items()
+        }
+        self.kept = True
 
 
 def write_best(
@@ -259,37 +310,41 @@ class FiniteGuard(Callback):
     def __init__(self, advice: str, every_n_steps: int = 50) -> None:
         self.advice, self.every_n_steps = advice, every_n_steps
         self.first_bad: Tensor | None = None  # (2,): the step, from 1, or 0 for none; its loss
-        self.bad_gradient: Tensor | None = None  # (), of this step
+        self.norm: Tensor | None = None  # (), of this step's gradient: not finite if a part is not
         self.looked_at = 0
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
-        """Keep whether the gradient is finite, unless the task is about to measure its norm."""
+        """Sum up the gradient, unless the task is about to measure its norm."""
         assert isinstance(pl_module, Task)
         if getattr(trainer.precision_plugin, "scaler", None) or pl_module.measures_norm():
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if grads := [p.grad for p in parameters if p.grad is not None]:
-            self.bad_gradient = ~torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
+            self.norm = torch.stack(torch._foreach_norm(grads)).sum()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Keep the step if its loss or gradient is not finite; look every n steps."""
         loss = outputs["loss"].detach()
-        bad = ~torch.isfinite(loss)
         norm, pl_module.gradient_norm = pl_module.gradient_norm, None
-        if norm is not None and getattr(trainer.precision_plugin, "scaler", None) is None:
-            self.bad_gradient = ~torch.isfinite(norm)
-        if self.bad_gradient is not None:
-            bad, self.bad_gradient = bad | self.bad_gradient.to(bad.device), None
-        if self.first_bad is None:
-            self.first_bad = torch.zeros(2, device=loss.device)
-        here = torch.stack([torch.full_like(loss, max(1, trainer.global_step)), loss]).float()
-        self.first_bad = torch.where(bad & (self.first_bad[0] == 0), here, self.first_bad)
+        if norm is None or getattr(trainer.precision_plugin, "scaler", None) is not None:
+            norm = self.norm
+        self.norm = None
+        self._note(loss, loss if norm is None else loss + norm.to(loss.device), trainer.global_step)
         if trainer.global_step - self.looked_at >= self.every_n_steps:
             self.look(trainer)
+
+    def _note(self, loss: Tensor, total: Tensor, step: int) -> None:
+        if loss.device.type == "cpu" and math.isfinite(total):
+            return  # a GPU would be waited for
+        here = torch.stack([torch.full_like(loss, max(1, step)), loss]).float()
+        if self.first_bad is None:
+            self.first_bad = torch.zeros_like(here)
+        bad = ~torch.isfinite(total) & (self.first_bad[0] == 0)
+        self.first_bad = torch.where(bad, here, self.first_bad)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look before a best checkpoint can be written."""
@@ -298,9 +353,8 @@ class FiniteGuard(Callback):
     def look(self, trainer: L.Trainer) -> None:
         """Raise NotFinite, on all ranks, if a step of one of them was not."""
         self.looked_at = trainer.global_step
-        if self.first_bad is None:  # nothing was trained
-            return
-        found = self.first_bad.to(trainer.strategy.root_device)
+        found = torch.zeros(2) if self.first_bad is None else self.first_bad
+        found = found.to(trainer.strategy.root_device)
         ranks = [found]
         if trainer.world_size > 1:
             ranks = [torch.empty_like(found) for _ in range(trainer.world_size)]
@@ -326,23 +380,31 @@ class FiniteGuard(Callback):
 
 
 class StepCheckpoints(Callback):
-    """step-N.ckpt for a resume: every n steps and after a validated epoch; the newest two stay."""
+    """step-N.ckpt for a resume, after best.ckpt: every n steps and after a validated epoch.
 
-    def __init__(self, run: Path, every_n_steps: int, guard: FiniteGuard) -> None:
+    The newest two stay. pace: of those that nobody asked for; the last state is always written.
+    """
+
+    def __init__(
+        self, run: Path, every_n_steps: int, guard: FiniteGuard, best: BestCheckpoint
+    ) -> None:
         self.run, self.every_n_steps, self.guard = run, every_n_steps, guard
+        self.best, self.pace = best, best.pace
         self.saved_step = -1
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the state of this step, and remove all but the newest two."""
         self.guard.look(trainer)
         self.saved_step = trainer.global_step
-        for logger in trainer.loggers:
-            logger.save()  # flushed first: the curves reach as far as what a resume starts from
-        path = checkpoint.step_path(self.run, trainer.global_step)
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero and path.exists():
-            for path in checkpoint.step_paths(self.run)[2:]:
-                path.unlink()
+        with self.pace.writing():
+            self.best.publish(trainer)  # or a resume from here would not know of it
+            for logger in trainer.loggers:
+                logger.save()  # flushed first: the curves reach as far as what a resume starts from
+            path = checkpoint.step_path(self.run, trainer.global_step)
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero and path.exists():
+                for path in checkpoint.step_paths(self.run)[2:]:
+                    path.unlink()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -350,13 +412,14 @@ class StepCheckpoints(Callback):
         """Save in the middle of an epoch, at an optimizer step."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 and step != self.saved_step
-        if due and may_save_here(trainer, batch_idx):
+        if due and may_save_here(trainer, batch_idx) and self.pace.allows(trainer):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save after the validation, or when the steps are due."""
         due = trainer.global_step - self.saved_step >= self.every_n_steps
-        if due or validates_this_epoch(trainer):
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if last or ((due or validates_this_epoch(trainer)) and self.pace.allows(trainer)):
             self.save(trainer)
 
 
@@ -383,8 +446,9 @@ class StopSignals(Callback):
     computed, so that no device is waited for, and all of them leave after the same batch.
     """
 
-    def __init__(self, steps: StepCheckpoints | None) -> None:
-        self.steps, self.received, self.received_at = steps, 0, 0.0
+    def __init__(self) -> None:
+        self.steps: StepCheckpoints | None = None  # of a training
+        self.received, self.received_at = 0, 0.0
         self.looping = False  # there is a batch to wait for
         self.agreed = 0  # the signal that all ranks know of
         self.leaving: Interrupted | None = None  # what was raised

@@ -300,7 +300,7 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("channels_last", True, lambda v: isinstance(v, bool), "true or false, or null"),
     ("compile", False, lambda v: isinstance(v, bool), "true or false"),
     ("deterministic", False, lambda v: isinstance(v, bool), "true or false"),
-    ("checkpoint.every_n_steps", False, _whole(1), "a whole number from 1"),
+    ("checkpoint.every_n_steps", True, _whole(1), "a whole number from 1, or null"),
     ("mixup", True, FROM_0, "a number from 0, or null"),
     ("cutmix", True, FROM_0, "a number from 0, or null"),
     ("ema", True, BELOW_1, "a number from 0, below 1, or null"),

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import signals, slurm
 from finetune.errors import ConfigError, FinetuneError, Interrupted
-from finetune.machine import let_threads_sleep
+from finetune.machine import keep_freed_memory, let_threads_sleep
 from finetune.overrides import (
     asks_for_config,
     asks_for_information,
@@ -48,6 +48,7 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
     name: of the YAML in conf/. task: a function under @hydra.main, which reads sys.argv.
     """
     let_threads_sleep()
+    keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
     with signals.handled(signals.at_once):
         try:

@@ -221,10 +221,10 @@ class FeatureLoader:
         views, num_images = values.shape[:2]
         flat, labels = values.flatten(0, 1), self.labels.to(values.device)
         for wheres in batches:
-            positions = torch.tensor([where[1] for where in wheres], device=values.device)
-            # an image that comes again in an epoch is seen in another view
-            turns = [(where[0] + sum(where[2:])) % views for where in wheres]
-            rows = positions + num_images * torch.tensor(turns, device=values.device)
+            positions = rows = torch.tensor([where[1] for where in wheres], device=values.device)
+            if views > 1:  # an image that comes again in an epoch is seen in another
+                turns = [(where[0] + sum(where[2:])) % views for where in wheres]
+                rows = positions + num_images * torch.tensor(turns, device=values.device)
             yield Activations(flat[rows], layers), labels[positions]
 
 

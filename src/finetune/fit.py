@@ -38,6 +38,7 @@ from finetune.callbacks import (
     EarlyStop,
     FiniteGuard,
     MaxSteps,
+    Pace,
     Pictures,
     StepCheckpoints,
     StopSignals,
@@ -78,6 +79,7 @@ from finetune.typed import to_type
 log = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+EVERY_N_STEPS, SHARE_FOR_CHECKPOINTS = 200, 0.02  # of the time; without checkpoint.every_n_steps
 MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the time is felt
 
 
@@ -89,11 +91,7 @@ def fit(
     Raises FinetuneError for a user's mistake, Interrupted after a signal.
     """
     quiet_libraries()
-    again = f"To see where it comes from: python train.py {to_type('resume', shown_path(run))}"
-    guard = FiniteGuard(f"{again} debug=replay")
-    steps = StepCheckpoints(run, cfg.checkpoint.every_n_steps, guard)
-    stop = StopSignals(steps)
-    record = None
+    stop, record = StopSignals(), None
     with stop.installed():
         try:
             with locked(run) if rank == 0 else nullcontext():
@@ -107,7 +105,7 @@ def fit(
                     if record.facts["status"] != "finished":  # or it stays so, until more is agreed
                         record.facts.pop("not_finite", None)  # of what is resumed
                         record.update(status="running", error=None, process=this_process())
-                train_and_test(cfg, run, overrides, why_model, record, steps, stop)
+                train_and_test(cfg, run, overrides, why_model, record, stop)
         except (Exception, Interrupted) as raised:
             # what stumbles on the way out of a stop has not failed: Lightning's teardown may
             filled = OmegaConf.create(record.facts["config"]) if record else cfg
@@ -188,7 +186,6 @@ def train_and_test(
     overrides: Sequence[str],
     why_model: str,
     record: Record | None,
-    steps: StepCheckpoints,
     stop: StopSignals,
 ) -> None:
     """The run itself. record: None on all ranks but the first."""
@@ -197,8 +194,13 @@ def train_and_test(
     cfg = parts.cfg
     resume_from, resumed_at = resume.find_resume(run) if cfg.resume else (None, None)
     monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
-    best, throughput = BestCheckpoint(run, monitor), Throughput()
-    callbacks: list[Callback] = [steps.guard, throughput, best, Pictures(), steps, stop]
+    again = f"To see where it comes from: python train.py {to_type('resume', shown_path(run))}"
+    guard, throughput = FiniteGuard(f"{again} debug=replay"), Throughput()
+    typed = cfg.checkpoint.every_n_steps
+    best = BestCheckpoint(run, monitor, Pace(None if typed else SHARE_FOR_CHECKPOINTS))
+    steps = StepCheckpoints(run, typed or EVERY_N_STEPS, guard, best)
+    stop.steps = steps
+    callbacks: list[Callback] = [guard, throughput, best, Pictures(), steps, stop]
     if cfg.ema:
         callbacks.insert(callbacks.index(steps), EMA(cfg.ema))  # best first, see there
     if cfg.max_steps is not None:

@@ -23,7 +23,7 @@ from finetune.build import num_devices
 from finetune.errors import ConfigError, FinetuneError, Interrupted
 from finetune.fit import fit
 from finetune.lock import locked
-from finetune.machine import num_threads
+from finetune.machine import keep_freed_memory, num_threads
 from finetune.ranks import End, Rank, Ranks, die_with_launcher
 from finetune.record import Record, Status
 
@@ -137,6 +137,7 @@ def rank_main(
     # a pipe, and not PR_SET_PDEATHSIG: it is there on every system, and cannot miss a launcher
     # that died before the rank asked for the signal
     threading.Thread(target=die_with_launcher, args=(pipe,), daemon=True).start()
+    keep_freed_memory()
     os.environ.update(environment(rank, world_size, port))
     # of a DataLoader: as in one process. A spawned one would import torch again
     multiprocessing.set_start_method(workers, force=True)
