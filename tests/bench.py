@@ -578,7 +578,7 @@ def first_step(place: Place) -> Iterator[Row]:
 
 def validation(place: Place) -> Iterator[Row]:
     """Row 9: what validation takes beside the forward pass."""
-    overrides = folder_of(place.small(), "resnet18", 64, place.size.batch, "epochs=1")
+    overrides = [*folder_of(place.small(), "resnet18", 64, place.size.batch), "epochs=1"]
     values, files = [], []
     for _ in range(max(1, place.size.rounds - 1)):
         run = place.clocked(*overrides)
@@ -648,7 +648,7 @@ def epochs(place: Place) -> Iterator[Row]:
     for size in sizes:
         times = max(2, min(6, 20_000 // size))
         run = place.clocked(
-            *folder_of(root, "tiny", 8, place.size.batch, f"epochs={times}", "num_workers=0"),
+            *folder_of(root, "tiny", 8, place.size.batch), f"epochs={times}", "num_workers=0",
             f"data.fraction={size / sizes[-1]}", "+trainer.limit_val_batches=1",
         )  # fmt: skip
         found = statistics.median(run["epochs"][1:])

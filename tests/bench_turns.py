@@ -108,17 +108,20 @@ def copy(screen: int, said: Path) -> None:
 
 
 def take_turns(
-    trainings: Mapping[str, Training], rounds: int, seconds: float, turn: float = 1.0
+    trainings: Mapping[str, Training], rounds: int, seconds: float, turn: float, images: int = 0
 ) -> dict[str, list[float]]:
-    """Images per second of each in each round, A B A B: turns of at least so many seconds."""
+    """Images per second of each in each round, A B A B.
+
+    turn: seconds of one, at least. seconds, images: of each training in a round, at least.
+    """
     found: dict[str, list[float]] = {name: [] for name in trainings}
     for _ in range(rounds):
-        images, spent = dict.fromkeys(trainings, 0), dict.fromkeys(trainings, 0.0)
-        while min(spent.values()) < seconds:
+        seen, spent = dict.fromkeys(trainings, 0), dict.fromkeys(trainings, 0.0)
+        while min(spent.values()) < seconds or min(seen.values()) < images:
             for name, training in trainings.items():
-                seen, took = training.turn(turn)
-                images[name] += seen
+                more, took = training.turn(turn)
+                seen[name] += more
                 spent[name] += took
         for name in trainings:
-            found[name].append(images[name] / spent[name])
+            found[name].append(seen[name] / spent[name])
     return found
