@@ -3,11 +3,23 @@
 import json
 import shutil
 import signal
+import threading
 
 import pytest
 
-from conftest import SMALL, assert_same_end, facts_of, finish, lose, same, series, write_photos
-from finetune import checkpoint
+from conftest import (
+    SMALL,
+    assert_same_end,
+    composed,
+    facts_of,
+    finish,
+    lose,
+    same,
+    series,
+    write_photos,
+)
+from finetune import build, checkpoint, fit
+from finetune.data.digest import digest
 from finetune.tasks.classification import Classification
 
 # 15 steps, 5 of an epoch
@@ -322,3 +334,27 @@ def test_a_record_without_a_run_is_none(command, tmp_path, at_step, text):
     else:  # killed while it was made
         assert done.code == 0
         assert facts_of(tmp_path / "run")["status"] == "finished"
+
+
+def test_what_the_images_are_is_found_beside_the_training(command, tmp_path, at_step, monkeypatch):
+    trains, waited = threading.Event(), []
+
+    def slow(images):
+        waited.append(trains.wait(timeout=60))
+        return digest(images)
+
+    monkeypatch.setattr(fit, "digest", slow)
+    at_step(2, trains.set)
+    assert command("train", *RUN, "epochs=1", "hydra.run.dir=run").code == 0
+    assert waited
+    assert all(waited)
+    found = facts_of(tmp_path / "run")["data"]
+    assert found["digests"].keys() == {name for name, num in found["counts"].items() if num}
+
+
+def test_no_state_is_written_before_it_is_known_of_which_images(command, tmp_path, at_step):
+    at_step(3, lose)
+    assert command("train", *RUN, "checkpoint.every_n_steps=2", "hydra.run.dir=run").code == 1
+    assert checkpoint.step_paths(tmp_path / "run")[0].name == "step-2.ckpt"
+    splits = build.build_splits(composed(*RUN))
+    assert facts_of(tmp_path / "run")["data"]["digests"]["train"] == digest(splits.train)

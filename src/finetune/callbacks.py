@@ -382,19 +382,26 @@ class FiniteGuard(Callback):
 class StepCheckpoints(Callback):
     """step-N.ckpt for a resume, after best.ckpt: every n steps and after a validated epoch.
 
-    The newest two stay. pace: of those that nobody asked for; the last state is always written.
+    The newest two stay. best: whose pace is that of those that nobody asked for; the last state is
+    always written. prepare: what must be known of a run before it can be resumed.
     """
 
     def __init__(
-        self, run: Path, every_n_steps: int, guard: FiniteGuard, best: BestCheckpoint
+        self,
+        run: Path,
+        every_n_steps: int,
+        guard: FiniteGuard,
+        best: BestCheckpoint,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.every_n_steps, self.guard = run, every_n_steps, guard
-        self.best, self.pace = best, best.pace
+        self.best, self.pace, self.prepare = best, best.pace, prepare
         self.saved_step = -1
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the state of this step, and remove all but the newest two."""
         self.guard.look(trainer)
+        self.prepare()
         self.saved_step = trainer.global_step
         with self.pace.writing():
             self.best.publish(trainer)  # or a resume from here would not know of it

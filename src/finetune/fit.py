@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
@@ -198,7 +199,13 @@ def train_and_test(
     guard, throughput = FiniteGuard(f"{again} debug=replay"), Throughput()
     typed = cfg.checkpoint.every_n_steps
     best = BestCheckpoint(run, monitor, Pace(None if typed else SHARE_FOR_CHECKPOINTS))
-    steps = StepCheckpoints(run, typed or EVERY_N_STEPS, guard, best)
+    digests = begin_digests(parts.splits) if record else None
+
+    def record_digests() -> None:
+        if record and digests and "digests" not in record.facts["data"]:
+            record.update(data=record.facts["data"] | {"digests": digests.result()})
+
+    steps = StepCheckpoints(run, typed or EVERY_N_STEPS, guard, best, record_digests)
     stop.steps = steps
     callbacks: list[Callback] = [guard, throughput, best, Pictures(), steps, stop]
     if cfg.ema:
@@ -222,6 +229,8 @@ def train_and_test(
             "features": {"phases": [[*astuple(p)] for p in plan.phases], "views": plan.views},
         }
         config = OmegaConf.to_container(cfg, resolve=True)
+        if cfg.resume and digests:
+            facts["data"]["digests"] = digests.result()
         if cfg.resume and "recipe" in record.facts:  # it was begun
             resume.refuse_changes(record.facts, config, run)
             resume.refuse_other_data(record.facts, facts, run)
@@ -248,6 +257,7 @@ def train_and_test(
     show_confusion(trainer, best, parts.splits.classes)
     results = measure_best(trainer, parts, best, run, stop)
 
+    record_digests()  # of a training without steps
     if record:
         write_hparams(trainer, cfg, overrides, results.test or results.val)
     for logger in trainer.loggers:
@@ -376,6 +386,18 @@ def check_space(cfg: DictConfig, run: Path, parts: Parts) -> None:
         )
 
 
+def begin_digests(splits: Splits) -> Future[dict[str, str]]:
+    """Of the images and labels of each split, beside what follows: seconds for a million files."""
+
+    def digests() -> dict[str, str]:
+        return {name: digest(images) for name, images in named_splits(splits).items()}
+
+    pool = ThreadPoolExecutor(1)
+    found = pool.submit(digests)
+    pool.shutdown(wait=False)
+    return found
+
+
 def start_digests(model: Classifier) -> dict[str, str]:
     """Digests of the weights before the training: runs that share them can be averaged."""
     return {
@@ -427,9 +449,6 @@ def facts_of(parts: Parts, cfg: DictConfig) -> dict[str, Any]:
         "data": {
             "classes": list(parts.splits.classes),
             "counts": {"train": 0, "val": 0, "test": 0} | counts,
-            "digests": {
-                name: digest(images) for name, images in named_splits(parts.splits).items()
-            },
             "skipped": list(parts.splits.skipped),
         },
         "model": {
