@@ -10,7 +10,7 @@ import torch
 
 from conftest import SMALL, assert_same_end, finish, layer_of, plain, same
 from finetune import build, checkpoint
-from finetune.callbacks import FiniteGuard, StepCheckpoints
+from finetune.callbacks import BestCheckpoint, FiniteGuard, Pace, StepCheckpoints
 from finetune.fit import quiet_libraries
 from finetune.overrides import CONF
 
@@ -135,7 +135,8 @@ def test_one_cycle_works_from_the_first_step_on(whole):
 
 def test_a_resume_is_in_the_state_of_the_uninterrupted_run(whole, tmp_path):
     case, task, _ = whole
-    steps = partial(StepCheckpoints, tmp_path, every_n_steps=1, guard=FiniteGuard(""))
+    best = BestCheckpoint(tmp_path, "val/accuracy", Pace())
+    steps = partial(StepCheckpoints, tmp_path, every_n_steps=1, guard=FiniteGuard(""), best=best)
     resume = None
     for lost in (7, 12):  # lp_ft: in the probe, and after it
         with pytest.raises(RuntimeError, match="the power is gone"):

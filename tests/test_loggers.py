@@ -1,5 +1,7 @@
 """What a run leaves for the eyes: metrics.csv and the pages of TensorBoard."""
 
+import time
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -90,6 +92,7 @@ def test_a_resume_purges_later_points_of_tensorboard(tmp_path):
     for step in range(6):
         first.log_metrics({"train/loss": float(step)}, step)
     first.save()
+    time.sleep(1.1)  # files are read in the order of the seconds in their names
     again = TensorBoard(tmp_path, resumed_at=4)
     for step in range(4, 8):
         again.log_metrics({"train/loss": 10.0 + step}, step)
