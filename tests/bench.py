@@ -43,6 +43,15 @@ ROOT = TESTS.parent
 FILE = ROOT / "docs" / "benchmark.md"
 EVERYTHING = ("recipe=textbook", "strategy=full")
 SHARED = "FINETUNE_SHARED_DATA"  # a folder that may hold cifar10.tar.xz
+SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "THP_")  # of threads and memory
+# those of finetune.machine, as a process is given them from outside
+OURS = {
+    "GOMP_SPINCOUNT": "1000",
+    "KMP_BLOCKTIME": "0",
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
 MANY = 100_000  # files of which the time per epoch is measured
 
 # What a row holds ---------------------------------------------------------------------------------
@@ -169,7 +178,7 @@ class Size:
     pixels: of the images that are trained on. workers: of the plain loop, whose best counts.
     """
 
-    rounds: int = 5
+    rounds: int = 3
     seconds: float = 10.0
     turn: float = 1.0  # seconds
     batch: int = 64
@@ -221,7 +230,7 @@ class Place:
 
     def environment(self, cache: Path | None = None) -> dict[str, str]:
         """As many threads as cores, whatever is set outside, and a cache of our own."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_"))}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
         cache = cache or self.folder / "cache"
         ours = {"OMP_NUM_THREADS": str(self.cores), "FINETUNE_CACHE": str(cache)}
         # what a loop on the CPU is held against is there, too
@@ -242,10 +251,13 @@ class Place:
         words = (f"tests/{script}.py", name, json.dumps(arguments))
         return json.loads(self.run(*words, cache=cache).splitlines()[-1])
 
-    def limit(self, model: str, size: int, batch: int, fast: bool = False) -> Side:
-        """Steps on a batch that is there."""
-        arguments = {"model": model, "size": size, "batch": batch, "classes": CLASSES, "fast": fast}
-        return self.side("bench_plain", "limit", arguments)
+    def limit(
+        self, model: str, size: int, batch: int, fast: bool = False, as_ours: bool = False
+    ) -> Side:
+        """Steps on a batch that is there. as_ours: with our memory, threads and optimizer."""
+        arguments = {"model": model, "size": size, "batch": batch, "classes": CLASSES}
+        arguments |= {"fast": fast, "fused": as_ours}
+        return self.side("bench_plain", "limit", arguments, more=OURS if as_ours else {})
 
     def loops(self, root: Path, model: str, size: int, batch: int) -> dict[str, Side]:
         """The plain loop with each number of workers."""
@@ -266,11 +278,20 @@ class Place:
         return self.side("bench_ours", "bare", arguments)
 
     def side(
-        self, script: str, name: str, arguments: Mapping[str, Any], terminal: bool = False
+        self,
+        script: str,
+        name: str,
+        arguments: Mapping[str, Any],
+        terminal: bool = False,
+        more: Mapping[str, str] | None = None,
     ) -> Side:
-        """A function of tests/bench_plain.py or bench_ours.py that tells of its steps."""
+        """A function of tests/bench_plain.py or bench_ours.py that tells of its steps.
+
+        more: of the environment.
+        """
         words = [sys.executable, f"tests/{script}.py", name, json.dumps(arguments)]
-        return lambda: Training(words, ROOT, self.environment(), self.new("said"), terminal)
+        environment = self.environment() | dict(more or {})
+        return lambda: Training(words, ROOT, environment, self.new("said"), terminal)
 
     def in_turns(self, sides: Mapping[str, Side], images: int = 0) -> dict[str, list[float]]:
         """Images per second of each side in each round, of at least so many images."""
@@ -400,6 +421,7 @@ def training(place: Place) -> Iterator[Row]:
         found, best = place.against_best(
             {
                 "limit": place.limit(model, size, batch),
+                "limit as ours": place.limit(model, size, batch, as_ours=True),
                 "ours": place.ours(*folder_of(root, model, size, batch)),
             },
             place.loops(root, model, size, batch),
@@ -408,6 +430,11 @@ def training(place: Place) -> Iterator[Row]:
         yield Row(
             work, "the limit", Goal("≥", 0.97, "x"), ratios(found["ours"], found["limit"]),
             f"images/s: {ours}, {rates('limit', found['limit'])}",
+        )  # fmt: skip
+        yield Row(
+            work, "the limit with our memory, threads and optimizer", Goal("≥", 0.97, "x"),
+            ratios(found["ours"], found["limit as ours"]),
+            f"images/s: {ours}, {rates('that limit', found['limit as ours'])}",
         )  # fmt: skip
         yield Row(
             work, "plain loop, best of 0, 1, 2 workers", Goal("≥", 1.08, "x"),

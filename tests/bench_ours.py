@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 import finetune.data.image_folder  # noqa: E402, F401  its own memory is not that of an index
 from bench_turns import tell_step  # noqa: E402
-from finetune import build, callbacks, fit, train  # noqa: E402
+from finetune import build, callbacks, datamodule, fit, train  # noqa: E402
 from finetune.overrides import compose_jobs  # noqa: E402
 
 
@@ -109,6 +109,10 @@ def last_of(metrics: Path, name: str) -> float:
     """What a run measured last of one metric."""
     with metrics.open(newline="") as file:
         return [float(r["value"]) for r in csv.DictReader(file) if r["metric"] == name][-1]
+
+
+# a worker of ours leaves the group, to outlive a Ctrl-C; here it stands still with the others
+datamodule.leave_group = lambda worker: None
 
 
 class Steps(Callback):

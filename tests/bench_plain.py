@@ -47,11 +47,18 @@ def wait_for_device() -> None:
 
 
 def at_hand(
-    model: str, size: int, batch: int, classes: int, freeze: int = 0, fast: bool = False
+    model: str,
+    size: int,
+    batch: int,
+    classes: int,
+    freeze: int = 0,
+    fast: bool = False,
+    fused: bool = False,
 ) -> tuple[Callable[[], int], "FrozenClock"]:
     """Forward, backward and step on a batch that is there.
 
-    freeze: the first layers, and a clock for them. fast: bf16, channels_last and compiled.
+    freeze: the first layers, and a clock for them. fast: bf16, channels_last and compiled. fused:
+    the optimizer steps in one kernel.
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +71,7 @@ def at_hand(
         net.to(memory_format=torch.channels_last)
         net.compile(dynamic=False)
     trains = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trains, LR, MOMENTUM)
+    optimizer = torch.optim.SGD(trains, LR, MOMENTUM, fused=fused)
 
     def step() -> int:
         optimizer.zero_grad()
@@ -79,9 +86,11 @@ def at_hand(
     return step, clock
 
 
-def limit(model: str, size: int, batch: int, classes: int = 10, fast: bool = False) -> None:
-    """What no training can be faster than: see at_hand."""
-    step, _ = at_hand(model, size, batch, classes, fast=fast)
+def limit(
+    model: str, size: int, batch: int, classes: int, fast: bool = False, fused: bool = False
+) -> None:
+    """Nothing but the steps: see at_hand."""
+    step, _ = at_hand(model, size, batch, classes, fast=fast, fused=fused)
     forever(step)
 
 

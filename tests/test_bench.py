@@ -191,7 +191,7 @@ class Paper(bench.Place):
         self.asked.append(arguments.get("arguments", []))
         return self.figures
 
-    def side(self, script, name, arguments, terminal=False):
+    def side(self, script, name, arguments, terminal=False, more=None):
         self.asked.append(arguments.get("arguments", []))
         return lambda: SimpleNamespace(end=lambda: None)
 

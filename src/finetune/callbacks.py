@@ -196,8 +196,9 @@ class BestCheckpoint(Callback):
             self.publish(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Write what is pending; other ranks may be elsewhere."""
-        if self.pending and trainer.is_global_zero:
+        """Write what is pending, unless it was asked to stop at once; other ranks are elsewhere."""
+        at_once = isinstance(exception, Interrupted) and not exception.together
+        if self.pending and trainer.is_global_zero and not at_once:
             self._write(self.pending)
 
     def publish(self, trainer: L.Trainer) -> None:
