@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from conftest import SMALL, assert_same_end, facts_of, lose, metrics_of, series
-from finetune import checkpoint
+from finetune import callbacks, checkpoint
 from finetune.callbacks import (
+    Best,
+    BestCheckpoint,
     Pace,
     StepCheckpoints,
     StopSignals,
@@ -114,7 +116,10 @@ def test_a_state_for_a_resume_knows_the_best_before_it(command, tmp_path, at_ste
     spared(False, True)
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if not (pid := os.fork()):
-        command("train", *arguments, "checkpoint.every_n_steps=null", "hydra.run.dir=run")
+        try:
+            command("train", *arguments, "checkpoint.every_n_steps=null", "hydra.run.dir=run")
+        finally:
+            os._exit(1)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     at_step(12, lambda: None)
     run = tmp_path / "run"
@@ -132,6 +137,23 @@ def test_what_ends_in_an_error_leaves_its_best(command, tmp_path, at_step, spare
     run = tmp_path / "run"
     assert not checkpoint.step_paths(run)
     assert checkpoint.read(checkpoint.best_path(run)).step in (5, 10)
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "written"),
+    [(RuntimeError(), 1, True), (RuntimeError(), 2, False),
+     (Interrupted(15, True), 1, False), (Interrupted(2), 1, False)],
+    ids=["error", "error of a rank", "stop", "stop at once"],
+)  # fmt: skip
+def test_a_best_that_is_pending_is_written_where_no_resume_repeats_it(
+    tmp_path, error, ranks, written, monkeypatch
+):
+    wrote = []
+    monkeypatch.setattr(callbacks, "write_best", lambda *args: wrote.append(args))
+    best = BestCheckpoint(tmp_path, "val/accuracy", Pace(0.02))
+    best.pending = Best({}, {}, None, None, [])
+    best.on_exception(SimpleNamespace(world_size=ranks), None, error)
+    assert bool(wrote) == written
 
 
 def test_a_step_checkpoint_loads_with_weights_only(train):

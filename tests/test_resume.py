@@ -352,7 +352,14 @@ def test_what_the_images_are_is_found_beside_the_training(command, tmp_path, at_
     assert found["digests"].keys() == {name for name, num in found["counts"].items() if num}
 
 
-def test_no_state_is_written_before_it_is_known_of_which_images(command, tmp_path, at_step):
+def test_no_state_is_written_before_it_is_known_of_which_images(
+    command, tmp_path, at_step, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "digest", lambda images: lose())
+        assert command("train", *RUN, "hydra.run.dir=none").code == 1
+    assert "the power is gone" in facts_of(tmp_path / "none")["error"]
+    assert not checkpoint.step_paths(tmp_path / "none")
     at_step(3, lose)
     assert command("train", *RUN, "checkpoint.every_n_steps=2", "hydra.run.dir=run").code == 1
     assert checkpoint.step_paths(tmp_path / "run")[0].name == "step-2.ckpt"

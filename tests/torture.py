@@ -36,9 +36,21 @@ TESTS = Path(__file__).parent
 RUN = (*SMALL, "epochs=4", "checkpoint.every_n_steps=2", "logger=tensorboard")
 HOWS = (
     ("augment=strong", "schedule=one_cycle", "checkpoint.every_n_steps=1"),
-    ("augment=randaugment", "mixup=0.4", "cutmix=1", "ema=0.9", "head.dropout=0.3"),
+    (
+        "augment=randaugment",
+        "mixup=0.4",
+        "cutmix=1",
+        "ema=0.9",
+        "head.dropout=0.3",
+        "checkpoint.every_n_steps=null",
+    ),
     ("trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5", "l2_sp=0.1"),
-    ("trainer.val_check_interval=2", "optimizer=adamw", "monitor=val/loss"),
+    (
+        "trainer.val_check_interval=2",
+        "optimizer=adamw",
+        "monitor=val/loss",
+        "checkpoint.every_n_steps=null",
+    ),
     ("strategy=linear_probe", "head.init=ridge", "checkpoint.every_n_steps=null"),
     ("strategy=lp_ft", "strategy@strategy.then=layer_decay", "augment=strong"),
     ("strategy=gradual_unfreeze", "ema=0.9"),

@@ -424,7 +424,7 @@ def build_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
     # Lightning refuses to clip by value, or with a scaler, what steps in one kernel
     by_value = cfg.trainer.get("gradient_clip_algorithm") == "value"
     scaled = str(cfg.trainer.precision).startswith("16")
-    if decided or by_value or scaled or "fused" not in known:
+    if decided or by_value or scaled or on_mps(cfg) or "fused" not in known:
         return optimizer
     return partial(optimizer, fused=True)
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -161,7 +161,7 @@ class BestCheckpoint(Callback):
         self.epoch = trainer.current_epoch
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare, and write on rank 0. All ranks hold the same metric and agree."""
+        """Compare, and keep or write what is better. All ranks hold the same metric and agree."""
         assert isinstance(pl_module, Task)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if self.monitor not in metrics:
@@ -188,6 +188,8 @@ class BestCheckpoint(Callback):
             }
             # every rank takes part: under FSDP each holds a part of the weights
             state = trainer.strategy.lightning_module_state_dict()
+            if not trainer.is_global_zero:
+                state = {}
             task = pl_module
             self.pending = Best(facts, state, task.model, task.last_confusion, task.last_per_class)
             if self.pace.share is not None:
@@ -196,10 +198,14 @@ class BestCheckpoint(Callback):
             self.publish(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Write what is pending, unless it was asked to stop at once; other ranks are elsewhere."""
-        at_once = isinstance(exception, Interrupted) and not exception.together
-        if self.pending and trainer.is_global_zero and not at_once:
-            self._write(self.pending)
+        """Write what is pending where it would be lost: what was stopped, a resume repeats.
+
+        Of several ranks the others are elsewhere, and this one is not waited for.
+        """
+        stopped = isinstance(exception, Interrupted)
+        if self.pending and not stopped and trainer.world_size == 1:
+            with suppress(Exception):  # the first error is the one to be told
+                self._write(self.pending)
 
     def publish(self, trainer: L.Trainer) -> None:
         """Write what is pending; every rank may read it next."""
@@ -383,8 +389,8 @@ class FiniteGuard(Callback):
 class StepCheckpoints(Callback):
     """step-N.ckpt for a resume, after best.ckpt: every n steps and after a validated epoch.
 
-    The newest two stay. best: whose pace is that of those that nobody asked for; the last state is
-    always written. prepare: what must be known of a run before it can be resumed.
+    The newest two stay. best: whose pace is that of those that nobody asked for; that of the last
+    epoch is always written. prepare: what must be known of a run before it can be resumed.
     """
 
     def __init__(
@@ -424,10 +430,10 @@ class StepCheckpoints(Callback):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Save after the validation, or when the steps are due."""
+        """Save after the validation, or when the steps are due; in the last epoch in any case."""
         due = trainer.global_step - self.saved_step >= self.every_n_steps
         last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if last or ((due or validates_this_epoch(trainer)) and self.pace.allows(trainer)):
+        if (due or validates_this_epoch(trainer)) and (last or self.pace.allows(trainer)):
             self.save(trainer)
 
 

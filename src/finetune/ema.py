@@ -72,7 +72,7 @@ class EMA(Callback):
         self._swap(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the average out again; best.ckpt is written."""
+        """Take the average out again; BestCheckpoint has it."""
         if self.stands_in:
             self._swap(pl_module)
 

@@ -57,11 +57,12 @@ def keep_freed_memory() -> None:
     """Have malloc keep what is freed for the next step, where it is glibc's and nothing was set.
 
     It would give large tensors back to the system and take them anew, page by page, in every step:
-    a tenth of the time on a CPU. What is taken comes in pages of 2 MB; before torch is imported.
+    a tenth of the time on a CPU. It comes in pages of 2 MB, if torch is not imported yet.
     Source: PyTorch's performance tuning guide, which says so of other allocators.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+    asked = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if asked or sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
