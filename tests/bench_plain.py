@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -178,12 +178,12 @@ def weights(path: str, model: str) -> dict[str, float]:
 
 
 def probe(
-    root: str, model: str, weights: str, size: int, batch: int, epochs: int, timed: int
-) -> dict[str, float]:
-    """A frozen backbone under a head that trains: seconds of all epochs, and the accuracy on val.
+    root: str, model: str, weights: str, size: int, batch: int, epochs: int, timed: int, seeds: int
+) -> dict[str, Any]:
+    """A frozen backbone under a head that trains: seconds of all epochs, and accuracies on val.
 
     timed: epochs that are run and measured, a validation after each, as all of them would take.
-    The others train the same head on the same features, kept: for the accuracy alone.
+    Accuracies: of heads that start from so many seeds, trained on the same features, kept.
     """
     torch.manual_seed(0)
     transform = transforms.Compose(
@@ -198,11 +198,12 @@ def probe(
     net = get_model(model)
     net.load_state_dict(torch.load(weights, weights_only=True))
     net.requires_grad_(False).eval()
-    head = nn.Linear(net.fc.in_features, len(train.classes))
+    num_features = net.fc.in_features
     net.fc = nn.Identity()
-    optimizer = torch.optim.SGD(head.parameters(), LR, MOMENTUM)
 
-    def train_epoch(loader: DataLoader, backbone: nn.Module) -> None:
+    def train_epoch(
+        loader: DataLoader, backbone: nn.Module, head: nn.Module, optimizer: Any
+    ) -> None:
         for images, labels in loader:
             with torch.no_grad():
                 features = backbone(images)
@@ -211,22 +212,32 @@ def probe(
             optimizer.step()
 
     @torch.no_grad()
-    def accuracy(loader: DataLoader, backbone: nn.Module) -> float:
+    def accuracy(loader: DataLoader, backbone: nn.Module, head: nn.Module) -> float:
         hits = [head(backbone(images)).argmax(1) == labels for images, labels in loader]
         return float(torch.cat(hits).float().mean())
 
+    def new_head() -> tuple[nn.Module, torch.optim.Optimizer]:
+        head = nn.Linear(num_features, len(train.classes))
+        return head, torch.optim.SGD(head.parameters(), LR, MOMENTUM)
+
     loaders = DataLoader(train, batch, shuffle=True), DataLoader(val, batch)
+    head, optimizer = new_head()
     began = time.perf_counter()
     for _ in range(timed):
-        train_epoch(loaders[0], net)
-        accuracy(loaders[1], net)
+        train_epoch(loaders[0], net, head, optimizer)
+        accuracy(loaders[1], net, head)
     seconds = (time.perf_counter() - began) / timed * epochs
 
     kept = [TensorDataset(*all_features(folder, net, batch)) for folder in (train, val)]
     loaders = DataLoader(kept[0], batch, shuffle=True), DataLoader(kept[1], batch)
-    for _ in range(epochs - timed):
-        train_epoch(loaders[0], nn.Identity())
-    return {"seconds": seconds, "accuracy": accuracy(loaders[1], nn.Identity())}
+    accuracies = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        head, optimizer = new_head()
+        for _ in range(epochs):
+            train_epoch(loaders[0], nn.Identity(), head, optimizer)
+        accuracies.append(accuracy(loaders[1], nn.Identity(), head))
+    return {"seconds": seconds, "accuracies": accuracies}
 
 
 @torch.no_grad()

@@ -179,7 +179,8 @@ class Paper(bench.Place):
 
     asked: ClassVar[list] = []
     figures: ClassVar[dict] = {
-        "time_to_first_step": 9.0, "seconds": 9.0, "accuracy": 0.5, "share": 0.3, "held": 1e6,
+        "time_to_first_step": 9.0, "seconds": 9.0, "accuracy": 0.5, "accuracies": [0.5],
+        "share": 0.3, "held": 1e6,
         "peak": 1e6, "files": 1000, "gpu": "one", "epochs": [1.0, 1.0], "validation": 0.1,
         "forward": 0.1, "best": 0.1,
     }  # fmt: skip
@@ -223,13 +224,13 @@ def test_every_row_asks_for_runs_that_can_be_made(tmp_path, monkeypatch):
 def test_the_cheapest_rows_can_be_measured(tmp_path):
     out = tmp_path / "benchmark.md"
     done = subprocess.run(
-        [sys.executable, "tests/bench.py", "commands", "epochs", "gpu", "--quick", "--out", out],
+        [sys.executable, "tests/bench.py", "commands", "gpu", "--quick", "--out", out],
         cwd=CONF.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split(" | ") for line in out.read_text().splitlines()[-7:]]
+    rows = [line.split(" | ") for line in out.read_text().splitlines()[-5:]]
     assert [cells[0].split(",")[0] for cells in rows] == [
-        "| `python train.py --help`", "| a typo's error", *["| time per epoch"] * 2,
+        "| `python train.py --help`", "| a typo's error",
         *["| GPU: resnet50 224 px bf16"] * 2, "| GPU: resnet18 32 px",
     ]  # fmt: skip
     assert all(cells[5] in ("met", "missed", "skipped") for cells in rows)

@@ -75,14 +75,17 @@ def test_the_newest_two_step_checkpoints_stay(train):
 def test_writing_takes_a_share_of_the_time_or_all_that_it_needs(monkeypatch):
     now, trainer = [100.0], SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pace, always = Pace(0.1), Pace()
+    pace, always = Pace(0.1, expected=1.0), Pace()
+    assert (pace.allows(trainer), always.allows(trainer)) == (False, True)
+    now[0] = 110.0
+    assert pace.allows(trainer)
     for each in (pace, always):
-        assert each.allows(trainer)
         with suppress(OSError), each.writing():  # what fails takes its time too
             now[0] += 2
             raise OSError
+    now[0] = 139.0
     assert (pace.allows(trainer), always.allows(trainer)) == (False, True)
-    now[0] = 120.0
+    now[0] = 140.0  # a tenth of 40 s: what was spent, and as much again
     assert pace.allows(trainer)
 
 

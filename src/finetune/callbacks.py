@@ -81,28 +81,30 @@ def tell_failure(write: Callable[[], None], path: Path, needed: int) -> OSError 
 class Pace:
     """How often checkpoints are written by themselves: each time, or within a share of the time.
 
-    share: of the time that has passed, for all writing so far; None: each time.
+    share: of the time that has passed, for all writing so far and the next; None: each time.
+    expected: seconds that the first is taken to need.
     """
 
-    def __init__(self, share: float | None = None) -> None:
-        self.share = share
+    def __init__(self, share: float | None = None, expected: float = 0.0) -> None:
+        self.share, self.expected = share, expected
         self.began, self.spent = time.monotonic(), 0.0
 
     def allows(self, trainer: L.Trainer) -> bool:
         """Whether it is time for one; rank 0, which writes, decides for all."""
         if self.share is None:
             return True
-        ahead = self.spent <= self.share * (time.monotonic() - self.began)
-        return bool(trainer.strategy.broadcast(ahead))
+        passed = time.monotonic() - self.began
+        return bool(trainer.strategy.broadcast(self.spent + self.expected <= self.share * passed))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Count what is spent inside."""
+        """Count what is spent inside; the next is taken to need as much."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self.spent += time.monotonic() - began
+            self.expected = time.monotonic() - began
+            self.spent += self.expected
 
 
 def refuse_lost_end(trainer: L.Trainer, best: "BestCheckpoint") -> None:

@@ -81,6 +81,7 @@ log = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EVERY_N_STEPS, SHARE_FOR_CHECKPOINTS = 200, 0.02  # of the time; without checkpoint.every_n_steps
+WRITTEN_PER_SECOND = 2e8  # bytes of a checkpoint, to begin with
 MOST_FOR_RIDGE = 50_000  # images: beyond them the head gains nothing and the time is felt
 
 
@@ -198,7 +199,9 @@ def train_and_test(
     again = f"To see where it comes from: python train.py {to_type('resume', shown_path(run))}"
     guard, throughput = FiniteGuard(f"{again} debug=replay"), Throughput()
     typed = cfg.checkpoint.every_n_steps
-    best = BestCheckpoint(run, monitor, Pace(None if typed else SHARE_FOR_CHECKPOINTS))
+    weights = checkpoint.num_bytes(parts.task.model.state_dict())
+    pace = Pace(None if typed else SHARE_FOR_CHECKPOINTS, expected=2 * weights / WRITTEN_PER_SECOND)
+    best = BestCheckpoint(run, monitor, pace)
     digests = begin_digests(parts.splits) if record else None
 
     def record_digests() -> None:

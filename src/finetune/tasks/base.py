@@ -74,6 +74,7 @@ class Task(L.LightningModule):
             for parameter in (model.backbone.net.parameters() if self.l2_sp else ())
         ]
         self._mode_epoch = -1
+        self._scales: list[float] = []  # lr_scale of each layer in that epoch
         self._frozen_for_now: list[nn.Parameter] = []
 
     def lr_scale(self, layer: int, epoch: int) -> float:
@@ -126,18 +127,21 @@ class Task(L.LightningModule):
             self._set_modes(epoch)
         factor = self.schedule(step, self.total_steps)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.base_lr * factor * self.lr_scale(group["layer"], epoch)
+            group["lr"] = self.base_lr * factor * self._scales[group["layer"]]
 
     def _set_modes(self, epoch: int) -> None:
-        """Put frozen layers in eval mode: their BatchNorm keeps the pretrained statistics."""
+        """Scale the lr of layers, and put frozen ones in eval mode.
+
+        Their BatchNorm keeps the pretrained statistics.
+        """
         self._mode_epoch = epoch
         self._frozen_for_now = []
+        self._scales = [self.lr_scale(layer, epoch) for layer in range(self.model.depth + 1)]
         # first what holds the layers: it may drop out too
-        trains_any = any(self.lr_scale(layer, epoch) > 0 for layer in range(self.model.depth))
-        self.model.backbone.train(trains_any)
+        self.model.backbone.train(any(scale > 0 for scale in self._scales[:-1]))
         layers = zip(self.model.modules_by_layer(), self._by_layer, strict=True)
         for layer, (modules, parameters) in enumerate(layers):
-            trains = self.lr_scale(layer, epoch) > 0
+            trains = self._scales[layer] > 0
             for module in modules:
                 module.train(trains)
             if not trains:
