@@ -1,6 +1,7 @@
 """How a model is laid out, stepped and evaluated on its device."""
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -72,3 +73,10 @@ def test_a_compiled_run_that_crashed_ends_with_the_same_bytes(command, tmp_path,
     assert again.code == 0, again.err
     losses = [facts_of(tmp_path / name)["val"]["val/loss"] for name in ("whole", "plain")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_the_progress_bar_is_drawn_a_few_times_a_second(tmp_path, monkeypatch):
+    cfg = plain(*SMALL)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    trainer = build.build_trainer(cfg, tmp_path, build.Budget(1, 5, None), [], loggers=[])
+    assert trainer.progress_bar_callback.refresh_rate < 10

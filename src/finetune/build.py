@@ -51,6 +51,7 @@ EVALUATED_PER_TRAINED = 4  # images at once: without a backward pass nothing is 
 READ_A_PART = ("limit_train_batches", "overfit_batches", "fast_dev_run")
 SHARE_OF_DEVICE = 0.1  # of its memory, for training images, where nobody asks for it
 MOST_VALIDATIONS, LEAST_VALIDATIONS = 25, 5
+REDRAWN = 4  # times per second; Lightning draws 100 times, in a thread that others wait for
 
 
 @dataclass(frozen=True)
@@ -451,7 +452,7 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer: device, precision and ranks are its own."""
     if sys.stdout.isatty():  # elsewhere a line per validation tells how it goes
-        callbacks = [*callbacks, RichProgressBar(leave=False)]
+        callbacks = [*callbacks, RichProgressBar(refresh_rate=REDRAWN, leave=False)]
     make_trainer: Callable[..., L.Trainer] = make(cfg.trainer)
     if on_gpu(cfg):
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
