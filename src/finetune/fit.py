@@ -375,7 +375,7 @@ def check_batch(batch_size: int, model: Classifier) -> None:
 def check_space(cfg: DictConfig, run: Path, parts: Parts) -> None:
     """Raise ConfigError if the disk has no room for the checkpoints: the best, two, and a next."""
     model, folder = parts.task.model, checkpoint.best_path(run).parent
-    weights = sum(value.nbytes for value in model.state_dict().values())
+    weights = checkpoint.num_bytes(model.state_dict())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     moments = trained * (2 if "adam" in str(cfg.optimizer._target_).lower() else 1)
     step = weights * (1 + bool(cfg.ema)) + moments if parts.budget.total_steps else 0
