@@ -14,9 +14,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.machine import keep_freed_memory, let_threads_sleep
+from finetune.machine import collect_later, keep_freed_memory, let_threads_sleep
 
-let_threads_sleep()  # as train.py does, before torch
+collect_later()  # as train.py does, before torch
+let_threads_sleep()
 keep_freed_memory()
 
 import lightning as L  # noqa: E402
@@ -25,7 +26,8 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 import finetune.data.image_folder  # noqa: E402, F401  its own memory is not that of an index
 from bench_turns import tell_step  # noqa: E402
-from finetune import build, callbacks, datamodule, fit, train  # noqa: E402
+from finetune import build, datamodule, fit, train  # noqa: E402
+from finetune.callbacks import checkpoints  # noqa: E402
 from finetune.overrides import compose_jobs  # noqa: E402
 
 
@@ -71,7 +73,7 @@ def clocked(arguments: Sequence[str]) -> dict[str, object]:
     """train.py with a clock: seconds of the training alone, and of its parts."""
     clock, seconds = Clock(), []
     build_trainer, fit_as_ever = build.build_trainer, L.Trainer.fit
-    write_best = callbacks.write_best
+    write_best = checkpoints.write_best
 
     def with_clock(cfg, run, budget, others, loggers):
         added = [clock] if loggers else []  # else it is the trainer that tests
@@ -87,7 +89,7 @@ def clocked(arguments: Sequence[str]) -> dict[str, object]:
         write_best(*args)
         clock.best += time.perf_counter() - began
 
-    build.build_trainer, L.Trainer.fit, callbacks.write_best = with_clock, timed, timed_best
+    build.build_trainer, L.Trainer.fit, checkpoints.write_best = with_clock, timed, timed_best
     sys.argv = ["train.py", *arguments]
     try:
         train.main()

@@ -162,7 +162,7 @@ def finish(folder: Path, *arguments: str) -> Path:
 def at_step(monkeypatch):
     """at_step(7, action): call action once, in the middle of this step."""
 
-    from finetune.callbacks import StepCheckpoints
+    from finetune.callbacks.checkpoints import StepCheckpoints
 
     def arrange(step, action):
         done = []

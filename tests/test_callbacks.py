@@ -13,19 +13,19 @@ import pytest
 import torch
 
 from conftest import SMALL, assert_same_end, facts_of, lose, metrics_of, series
-from finetune import callbacks, checkpoint
-from finetune.callbacks import (
+from finetune import checkpoint
+from finetune.callbacks import checkpoints
+from finetune.callbacks.checkpoints import (
     Best,
     BestCheckpoint,
     Pace,
     StepCheckpoints,
-    StopSignals,
-    Throughput,
     WholeCheckpointIO,
-    confusion_figure,
     lower_is_better,
-    verdict,
 )
+from finetune.callbacks.pictures import confusion_figure
+from finetune.callbacks.speed import Throughput, verdict
+from finetune.callbacks.stopping import StopSignals
 from finetune.datamodule import TransformedImages
 from finetune.errors import Interrupted
 from finetune.tasks.classification import Classification, per_class_accuracy
@@ -152,7 +152,7 @@ def test_a_best_that_is_pending_is_written_where_no_resume_repeats_it(
     tmp_path, error, ranks, written, monkeypatch
 ):
     wrote = []
-    monkeypatch.setattr(callbacks, "write_best", lambda *args: wrote.append(args))
+    monkeypatch.setattr(checkpoints, "write_best", lambda *args: wrote.append(args))
     best = BestCheckpoint(tmp_path, "val/accuracy", Pace(0.02))
     best.pending = Best({}, {}, None, None, [])
     best.on_exception(SimpleNamespace(world_size=ranks), None, error)

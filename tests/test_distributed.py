@@ -52,13 +52,14 @@ def in_ranks(script: str, folder: Path) -> None:
 SAVING = """
 import os, time, torch
 import lightning as L
-from finetune import build, callbacks
+from finetune import build
+from finetune.callbacks import checkpoints
 
 def write_best(*arguments):
     time.sleep(2)
     original_write_best(*arguments)
 
-original_write_best, callbacks.write_best = callbacks.write_best, write_best
+original_write_best, checkpoints.write_best = checkpoints.write_best, write_best
 
 class Save(L.Callback):
     def on_train_end(self, trainer, task):
@@ -231,7 +232,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 from torch.distributed.fsdp import FullyShardedDataParallel
 from conftest import SMALL, composed
-from finetune.callbacks import StepCheckpoints
+from finetune.callbacks.checkpoints import StepCheckpoints
 from finetune.fit import fit
 
 class OnCPU(FSDPStrategy):

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 import finetune
 from conftest import SMALL, composed, facts_of, plain, series
 from finetune import build, checkpoint
-from finetune.callbacks import Interrupted
 from finetune.ema import EMA, decay_at
+from finetune.errors import Interrupted
 from finetune.fit import fit
 from finetune.tasks.classification import Classification
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import SMALL, assert_same_end, finish, metrics_of, plain, write_photos
 from finetune import build, checkpoint, features
-from finetune.callbacks import StepCheckpoints
+from finetune.callbacks.checkpoints import StepCheckpoints
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages
 from finetune.data.image_folder import image_folder

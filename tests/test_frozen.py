@@ -10,7 +10,8 @@ import torch
 
 from conftest import SMALL, assert_same_end, finish, layer_of, plain, same
 from finetune import build, checkpoint
-from finetune.callbacks import BestCheckpoint, FiniteGuard, Pace, StepCheckpoints
+from finetune.callbacks.checkpoints import BestCheckpoint, Pace, StepCheckpoints
+from finetune.callbacks.guard import FiniteGuard
 from finetune.fit import quiet_libraries
 from finetune.overrides import CONF
 

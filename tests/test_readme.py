@@ -29,7 +29,7 @@ from torchvision import models
 
 from conftest import SMALL, facts_of, write_photos
 from finetune import build, resolve
-from finetune.callbacks import StepCheckpoints
+from finetune.callbacks.checkpoints import StepCheckpoints
 from finetune.check import check_all
 from finetune.overrides import CONF, compose_jobs
 from finetune.strategies.full import Full

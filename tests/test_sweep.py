@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from conftest import SMALL, assert_same_end, facts_of
-from finetune.callbacks import StepCheckpoints
+from finetune.callbacks.checkpoints import StepCheckpoints
 
 SWEEP = ("-m", *SMALL, "logger=csv", "seed=0,1", "optimizer.lr=0.01,0.02")
 

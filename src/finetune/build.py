@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune import features
 from finetune.backbones.base import Backbone
-from finetune.callbacks import Trace, WholeCheckpointIO
+from finetune.callbacks.checkpoints import WholeCheckpointIO
+from finetune.callbacks.speed import Trace
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu, on_mps
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import astuple, dataclass
@@ -34,21 +34,11 @@ from finetune import (
     resume,
     ridge,
 )
-from finetune.callbacks import (
-    BestCheckpoint,
-    EarlyStop,
-    FiniteGuard,
-    MaxSteps,
-    Pace,
-    Pictures,
-    StepCheckpoints,
-    StopSignals,
-    Throughput,
-    refuse_lost_end,
-    show_confusion,
-    tensorboard,
-    verdict,
-)
+from finetune.callbacks.checkpoints import BestCheckpoint, Pace, StepCheckpoints, refuse_lost_end
+from finetune.callbacks.guard import FiniteGuard
+from finetune.callbacks.pictures import Pictures, show_confusion, tensorboard
+from finetune.callbacks.speed import Throughput, verdict
+from finetune.callbacks.stopping import EarlyStop, MaxSteps, StopSignals
 from finetune.cli import shown_path
 from finetune.data.balance import warn_of_imbalance
 from finetune.data.base import Splits, label_counts
@@ -195,56 +185,20 @@ def train_and_test(
     parts = prepare(cfg, why_model, run)
     cfg = parts.cfg
     resume_from, resumed_at = resume.find_resume(run) if cfg.resume else (None, None)
-    monitor = cfg.monitor or f"val/{parts.task.metric_names[0]}"
-    again = f"To see where it comes from: python train.py {to_type('resume', shown_path(run))}"
-    guard, throughput = FiniteGuard(f"{again} debug=replay"), Throughput()
-    typed = cfg.checkpoint.every_n_steps
-    weights = checkpoint.num_bytes(parts.task.model.state_dict())
-    pace = Pace(None if typed else SHARE_FOR_CHECKPOINTS, expected=2 * weights / WRITTEN_PER_SECOND)
-    best = BestCheckpoint(run, monitor, pace)
     digests = begin_digests(parts.splits) if record else None
 
     def record_digests() -> None:
         if record and digests and "digests" not in record.facts["data"]:
             record.update(data=record.facts["data"] | {"digests": digests.result()})
 
-    steps = StepCheckpoints(run, typed or EVERY_N_STEPS, guard, best, record_digests)
-    stop.steps = steps
-    callbacks: list[Callback] = [guard, throughput, best, Pictures(), steps, stop]
-    if cfg.ema:
-        callbacks.insert(callbacks.index(steps), EMA(cfg.ema))  # best first, see there
-    if cfg.max_steps is not None:
-        callbacks.insert(0, MaxSteps(cfg.max_steps))
-    if cfg.patience is not None:
-        callbacks.append(EarlyStop(monitor, cfg.patience))
+    watch = watch_over(parts, run, stop, record_digests)
     loggers = build.build_loggers(cfg, run, resumed_at)
-    trainer = build.build_trainer(cfg, run, parts.budget, callbacks, loggers)
+    trainer = build.build_trainer(cfg, run, parts.budget, watch.callbacks, loggers)
     if record:
-        facts = facts_of(parts, cfg)
-        if start := record.facts.get("model", {}).get("start"):  # of the run that is resumed
-            facts["model"]["start"] = start
-        plan = parts.datamodule.plan
-        facts |= {
-            "device": device_name(trainer),
-            "world_size": trainer.world_size,
-            "threads": torch.get_num_threads(),
-            "images_on_device": parts.datamodule.on_device,
-            "features": {"phases": [[*astuple(p)] for p in plan.phases], "views": plan.views},
-        }
-        config = OmegaConf.to_container(cfg, resolve=True)
+        facts = facts_of(parts, trainer)
         if cfg.resume and digests:
             facts["data"]["digests"] = digests.result()
-        if cfg.resume and "recipe" in record.facts:  # it was begun
-            resume.refuse_changes(record.facts, config, run)
-            resume.refuse_other_data(record.facts, facts, run)
-            resume.refuse_another_past(
-                cfg, record.facts, parts.task, parts.budget, resumed_at or 0, run
-            )
-            resume.warn_of_other_machine(record.facts, facts | {"versions": versions()})
-        grown = cfg.resume and resume.trains_longer(record.facts, cfg)
-        facts["epochs_grown"] = grown or record.facts.get("epochs_grown", False)
-        facts |= {"status": "running", "error": None, "process": this_process()}
-        record.update(config=config, recipe=resolve.told(parts.choices), **facts)
+        record_begun(record, facts, parts, resumed_at or 0, run)
         check_space(cfg, run, parts)  # others may be here before the directory is made
 
     if resume_from is None:
@@ -254,6 +208,7 @@ def train_and_test(
             record.update(model=model)
     if parts.budget.total_steps > 0:
         trainer.fit(parts.task, parts.datamodule, ckpt_path=resume_from, weights_only=True)
+    best, throughput = watch.best, watch.throughput
     if best.validated_step != trainer.global_step:  # nothing was trained, or max_steps is 0
         trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)
     refuse_lost_end(trainer, best)
@@ -389,6 +344,57 @@ def check_space(cfg: DictConfig, run: Path, parts: Parts) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What watches over a training: all callbacks in their order, and those asked afterwards."""
+
+    callbacks: list[Callback]
+    best: BestCheckpoint
+    throughput: Throughput
+
+
+def watch_over(
+    parts: Parts, run: Path, stop: StopSignals, before_state: Callable[[], None]
+) -> Watch:
+    """The callbacks of a run. before_state: what must be done before one can be resumed from."""
+    cfg, task = parts.cfg, parts.task
+    monitor = cfg.monitor or f"val/{task.metric_names[0]}"
+    again = f"To see where it comes from: python train.py {to_type('resume', shown_path(run))}"
+    guard, throughput = FiniteGuard(f"{again} debug=replay"), Throughput()
+    typed = cfg.checkpoint.every_n_steps
+    first = 2 * checkpoint.num_bytes(task.model.state_dict()) / WRITTEN_PER_SECOND
+    best = BestCheckpoint(run, monitor, Pace(None if typed else SHARE_FOR_CHECKPOINTS, first))
+    steps = StepCheckpoints(run, typed or EVERY_N_STEPS, guard, best, before_state)
+    stop.steps = steps
+    callbacks: list[Callback] = [guard, throughput, best, Pictures(), steps, stop]
+    if cfg.ema:
+        callbacks.insert(callbacks.index(steps), EMA(cfg.ema))  # best first, see there
+    if cfg.max_steps is not None:
+        callbacks.insert(0, MaxSteps(cfg.max_steps))
+    if cfg.patience is not None:
+        callbacks.append(EarlyStop(monitor, cfg.patience))
+    return Watch(callbacks, best, throughput)
+
+
+def record_begun(
+    record: Record, facts: dict[str, Any], parts: Parts, resumed_at: int, run: Path
+) -> None:
+    """Note what is about to train; of a resume, refuse what is not the run that was begun."""
+    cfg = parts.cfg
+    config = OmegaConf.to_container(cfg, resolve=True)
+    if start := record.facts.get("model", {}).get("start"):  # of the run that is resumed
+        facts["model"]["start"] = start
+    if cfg.resume and "recipe" in record.facts:  # it was begun
+        resume.refuse_changes(record.facts, config, run)
+        resume.refuse_other_data(record.facts, facts, run)
+        resume.refuse_another_past(cfg, record.facts, parts.task, parts.budget, resumed_at, run)
+        resume.warn_of_other_machine(record.facts, facts | {"versions": versions()})
+    grown = cfg.resume and resume.trains_longer(record.facts, cfg)
+    facts["epochs_grown"] = grown or record.facts.get("epochs_grown", False)
+    facts |= {"status": "running", "error": None, "process": this_process()}
+    record.update(config=config, recipe=resolve.told(parts.choices), **facts)
+
+
 def begin_digests(splits: Splits) -> Future[dict[str, str]]:
     """Of the images and labels of each split, beside what follows: seconds for a million files."""
 
@@ -443,11 +449,12 @@ def start_from_ridge(parts: Parts, device: torch.device, seed: int) -> None:
     )  # fmt: skip
 
 
-def facts_of(parts: Parts, cfg: DictConfig) -> dict[str, Any]:
-    """Data and model, for run.json."""
-    splits = named_splits(parts.splits)
+def facts_of(parts: Parts, trainer: L.Trainer) -> dict[str, Any]:
+    """Data, model and machine, for run.json."""
+    splits, model = named_splits(parts.splits), parts.task.model
     counts = {name: len(images) for name, images in splits.items()}
-    trainable, parameters = parameter_counts(parts.task.model)
+    trainable, parameters = parameter_counts(model)
+    plan = parts.datamodule.plan
     return {
         "data": {
             "classes": list(parts.splits.classes),
@@ -455,12 +462,17 @@ def facts_of(parts: Parts, cfg: DictConfig) -> dict[str, Any]:
             "skipped": list(parts.splits.skipped),
         },
         "model": {
-            **parts.task.model.backbone.recipe,
-            "weights": cfg.model.get("weights"),
-            "head": parts.task.model.head.recipe,
+            **model.backbone.recipe,
+            "weights": parts.cfg.model.get("weights"),
+            "head": model.head.recipe,
             "parameters": parameters,
             "trainable": trainable,
         },
+        "device": device_name(trainer),
+        "world_size": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "images_on_device": parts.datamodule.on_device,
+        "features": {"phases": [[*astuple(p)] for p in plan.phases], "views": plan.views},
     }
 
 

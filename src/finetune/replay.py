@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from finetune import build
-from finetune.callbacks import FiniteGuard
+from finetune.callbacks.guard import FiniteGuard
 from finetune.errors import NotFinite, TrainingError
 from finetune.tasks.base import Task
 

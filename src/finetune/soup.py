@@ -46,7 +46,7 @@ def soup(cfg: DictConfig) -> None:
     Raises FinetuneError for a user's mistake, such as runs that do not share a start.
     """
     from finetune import averaging, build, checkpoint, fit  # late: imports torch
-    from finetune.callbacks import lower_is_better, write_best
+    from finetune.callbacks.checkpoints import lower_is_better, write_best
     from finetune.overrides import compose_run
     from finetune.record import Record
     from finetune.restore import saved_model

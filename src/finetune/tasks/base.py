@@ -175,9 +175,8 @@ class Task(L.LightningModule):
         """
         trainer: Any = self.trainer  # gradient_clip_val is not in its annotations
         sharded = isinstance(trainer.strategy, FSDPStrategy)
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         by_norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value"
-        return bool(by_norm and (sharded or not scaled))
+        return bool(by_norm and (sharded or not loss_scaler(trainer)))
 
     def on_validation_start(self) -> None:
         """Let BatchNorm's statistics be those of rank 0, which are saved; DDP does so itself."""
@@ -240,6 +239,11 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type != "cpu":
         torch.manual_seed(seed)
+
+
+def loss_scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:
+    """That of trainer.precision=16-mixed, which skips steps that overflow; None in all others."""
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""What Lightning does not already have: whole checkpoints, clean stops, honest rates, pictures."""

@@ -1,0 +1,93 @@
+"""A run whose loss or gradient is not finite ends, and none of it is kept."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from finetune.datamodule import Batch
+from finetune.errors import NotFinite, TrainingError
+from finetune.tasks.base import Task, loss_scaler
+
+
+class FiniteGuard(Callback):
+    """Stops a run whose loss or gradient is not finite, before any of it is in a checkpoint.
+
+    The first bad step is kept on the device, and looked at before each checkpoint and validation,
+    and every n steps. What fp16's scaler skips is no failure, but a scale below 1 is.
+    advice: what to type to see more.
+    """
+
+    def __init__(self, advice: str, every_n_steps: int = 50) -> None:
+        self.advice, self.every_n_steps = advice, every_n_steps
+        self.first_bad: Tensor | None = None  # (2,): the step, from 1, or 0 for none; its loss
+        self.norm: Tensor | None = None  # (), of this step's gradient: not finite if a part is not
+        self.looked_at = 0
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        """Sum up the gradient, unless the task is about to measure its norm."""
+        assert isinstance(pl_module, Task)
+        if loss_scaler(trainer) or pl_module.measures_norm():
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if grads := [p.grad for p in parameters if p.grad is not None]:
+            self.norm = torch.stack(torch._foreach_norm(grads)).sum()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Keep the step if its loss or gradient is not finite; look every n steps."""
+        loss = outputs["loss"].detach()
+        norm, pl_module.gradient_norm = pl_module.gradient_norm, None
+        if norm is None or loss_scaler(trainer):
+            norm = self.norm
+        self.norm = None
+        self._note(loss, loss if norm is None else loss + norm.to(loss.device), trainer.global_step)
+        if trainer.global_step - self.looked_at >= self.every_n_steps:
+            self.look(trainer)
+
+    def _note(self, loss: Tensor, total: Tensor, step: int) -> None:
+        if loss.device.type == "cpu" and math.isfinite(total):
+            return  # a GPU would be waited for
+        here = torch.stack([torch.full_like(loss, max(1, step)), loss]).float()
+        if self.first_bad is None:
+            self.first_bad = torch.zeros_like(here)
+        bad = ~torch.isfinite(total) & (self.first_bad[0] == 0)
+        self.first_bad = torch.where(bad, here, self.first_bad)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look before a best checkpoint can be written."""
+        self.look(trainer)
+
+    def look(self, trainer: L.Trainer) -> None:
+        """Raise NotFinite, on all ranks, if a step of one of them was not."""
+        self.looked_at = trainer.global_step
+        found = torch.zeros(2) if self.first_bad is None else self.first_bad
+        found = found.to(trainer.strategy.root_device)
+        ranks = [found]
+        if trainer.world_size > 1:
+            ranks = [torch.empty_like(found) for _ in range(trainer.world_size)]
+            torch.distributed.all_gather(ranks, found)
+        if bad := [
+            (int(step), float(loss)) for step, loss in map(torch.Tensor.tolist, ranks) if step
+        ]:
+            step, loss = min(bad, key=lambda where: where[0])
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise NotFinite(
+                f"step {step:.0f}: the {what} is not finite (loss {loss:.4g}). No checkpoint holds "
+                f"it. {self.advice} To train without it, start anew with a smaller optimizer.lr, "
+                "trainer.gradient_clip_val=1, or trainer.precision=32-true",
+                int(step),
+                loss,
+            )
+        scaler = loss_scaler(trainer)
+        if scaler and scaler.get_scale() < 1:
+            raise TrainingError(
+                f"step {trainer.global_step}: trainer.precision=16-mixed overflows however small "
+                "its scale; type trainer.precision=bf16-mixed or 32-true"
+            )
