@@ -136,6 +136,7 @@ def command(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         monkeypatch.setattr(cli, "jobs_done", [])
         monkeypatch.setattr(cli, "sweep", None)
+        monkeypatch.setattr(cli, "collect_later", lambda: None)  # its garbage is no start's
         monkeypatch.setattr(signals, "exit_now", sys.exit)  # the tests' own process stays
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -152,6 +153,7 @@ def finish(folder: Path, *arguments: str) -> Path:
     with logging_kept(), pytest.MonkeyPatch.context() as patch, silent:
         patch.setattr(sys, "argv", ["train.py", *arguments, f"hydra.run.dir={folder}"])
         patch.setattr(cli, "jobs_done", [])
+        patch.setattr(cli, "collect_later", lambda: None)
         with pytest.raises(SystemExit) as stop:
             importlib.import_module("finetune.train").main()
     assert not stop.value.code

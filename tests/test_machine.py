@@ -1,5 +1,6 @@
 """What of the machine is used: in a container, bound to a few cores, or asked for otherwise."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 from conftest import plain, write_photos
 from finetune import build
 from finetune.machine import (
+    collect_from_now_on,
+    collect_later,
     free_memory,
     let_threads_sleep,
     num_threads,
@@ -143,3 +146,20 @@ def test_threads_wait_as_is_asked_for_outside(monkeypatch):
     monkeypatch.setenv("KMP_BLOCKTIME", "5")
     let_threads_sleep()
     assert (os.environ["GOMP_SPINCOUNT"], os.environ["KMP_BLOCKTIME"]) == ("1000", "5")
+
+
+def test_no_garbage_is_collected_while_a_command_starts_and_it_is_afterwards():
+    try:
+        collect_from_now_on()  # of a process that did not begin as a command does
+        assert gc.get_freeze_count() == 0
+        collect_later()
+        assert not gc.isenabled()
+        collect_from_now_on()
+        frozen = gc.get_freeze_count()
+        assert gc.isenabled()
+        assert frozen > 10_000
+        collect_from_now_on()  # the next job of a sweep: what the first left is collected
+        assert gc.get_freeze_count() <= frozen
+    finally:
+        gc.enable()
+        gc.unfreeze()

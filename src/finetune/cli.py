@@ -14,7 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import signals, slurm
 from finetune.errors import ConfigError, FinetuneError, Interrupted
-from finetune.machine import keep_freed_memory, let_threads_sleep
+from finetune.machine import (
+    collect_from_now_on,
+    collect_later,
+    keep_freed_memory,
+    let_threads_sleep,
+)
 from finetune.overrides import (
     asks_for_config,
     asks_for_information,
@@ -47,6 +52,7 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
 
     name: of the YAML in conf/. task: a function under @hydra.main, which reads sys.argv.
     """
+    collect_later()
     let_threads_sleep()
     keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
@@ -127,6 +133,7 @@ def guarded(
 
     go_on: what is typed after a stop, if there is anything.
     """
+    collect_from_now_on()
     problem = None
     try:
         job()
