@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench_images import CLASSES, unpack_cifar, write_files, write_images
-from bench_turns import Training, take_turns
+from bench_turns import Training, start_by_turns, take_turns
 from finetune.machine import total_memory, usable_cores
 
 TESTS = Path(__file__).parent
@@ -52,6 +52,9 @@ OURS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
+# what nobody can avoid, told of as a step is
+IMPORTS = "import torch, torchvision, lightning, sys; sys.path.append('tests'); "
+IMPORTS += "import bench_turns; bench_turns.tell_step(1)"
 MANY = 100_000  # files of which the time per epoch is measured
 
 # What a row holds ---------------------------------------------------------------------------------
@@ -127,6 +130,11 @@ def ratios(these: Sequence[float], those: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(these, those, strict=True)]
 
 
+def differences(these: Sequence[float], those: Sequence[float]) -> list[float]:
+    """Within each round."""
+    return [a - b for a, b in zip(these, those, strict=True)]
+
+
 def rates(name: str, values: Sequence[float]) -> str:
     """Such as: ours 151 images/s."""
     return f"{name} {shown(statistics.median(values), 'x')}"
@@ -191,6 +199,7 @@ class Size:
     large_images: int = 600
     watched: int = 200  # steps of a round, in which one checkpoint falls
     starts: int = 7
+    slice: float = 0.25  # seconds, of processes that start
     files: int = 1_000_000
     epoch_sizes: tuple[int, ...] = (1000, 10_000, 30_000, MANY)
 
@@ -292,12 +301,19 @@ class Place:
         more: of the environment.
         """
         words = [sys.executable, f"tests/{script}.py", name, json.dumps(arguments)]
+        return self.process(words, terminal, more)
+
+    def process(
+        self, words: Sequence[str], terminal: bool = False, more: Mapping[str, str] | None = None
+    ) -> Side:
+        """A command that tells of its steps. more: of the environment."""
         environment = self.environment() | dict(more or {})
         return lambda: Training(words, ROOT, environment, self.new("said"), terminal)
 
     def in_turns(self, sides: Mapping[str, Side], images: int = 0) -> dict[str, list[float]]:
         """Images per second of each side in each round, of at least so many images."""
         with begun(sides) as trainings:
+            warm_up(trainings)
             return self._rates(trainings, self.size.rounds, images)
 
     def against_best(
@@ -308,6 +324,7 @@ class Place:
         It keeps the advantage that it had in this round.
         """
         with begun({**sides, **others}) as trainings:
+            warm_up(trainings)
             first = self._rates(trainings, 1)
             best = max(others, key=lambda name: first[name][0])
             for name in others:
@@ -315,6 +332,19 @@ class Place:
                     trainings.pop(name).end()
             rest = self._rates(trainings, self.size.rounds - 1)
         return {name: first[name] + rest[name] for name in rest}, best
+
+    def starts(self, *overrides: str) -> dict[str, list[float]]:
+        """Seconds of the imports that nobody can avoid, and to train.py's first step."""
+        found: dict[str, list[float]] = {"imports": [], "first step": []}
+        sides = {
+            "imports": self.process([sys.executable, "-c", IMPORTS]),
+            "first step": self.ours(*overrides),
+        }
+        for _ in range(self.size.starts):
+            with begun(sides) as trainings:
+                for name, seconds in start_by_turns(trainings, self.size.slice).items():
+                    found[name].append(tell(name, seconds, "s"))
+        return found
 
     def _rates(
         self, trainings: Mapping[str, Training], rounds: int, images: int = 0
@@ -324,14 +354,6 @@ class Place:
             for value in values:
                 tell(name, value)
         return found
-
-    def train(self, *overrides: str) -> Any:
-        """run.json of a run of train.py."""
-        run = self.new("run")
-        self.run("train.py", *overrides, f"hydra.run.dir={run}")
-        facts = json.loads((run / "run.json").read_text())
-        shutil.rmtree(run)
-        return facts
 
     def clocked(self, *overrides: str, cache: Path | None = None) -> Any:
         """Seconds within a run of train.py."""
@@ -376,7 +398,7 @@ class Place:
 
 @contextmanager
 def begun(sides: Mapping[str, Side]) -> Iterator[dict[str, Training]]:
-    """A training of each side, until this ends."""
+    """A process of each side, that waits for its turn, until this ends."""
     trainings: dict[str, Training] = {}
     try:
         for name, begin in sides.items():
@@ -387,22 +409,16 @@ def begun(sides: Mapping[str, Side]) -> Iterator[dict[str, Training]]:
             training.end()
 
 
+def warm_up(trainings: Mapping[str, Training]) -> None:
+    """The first steps of each."""
+    for training in trainings.values():
+        training.warm_up()
+
+
 def tell(name: str, value: float, unit: str = "images/s") -> float:
     """Print a single figure as it is found; it is given back."""
     print(f"    {name}: {shown(value, unit)}", flush=True)
     return value
-
-
-Measure = Callable[[], float]
-
-
-def alternate(sides: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
-    """A B C A B C: the values of each side, one per round."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, measure in sides.items():
-            found[name].append(measure())
-    return found
 
 
 # The rows -----------------------------------------------------------------------------------------
@@ -583,32 +599,19 @@ def commands(place: Place) -> Iterator[Row]:
         yield Row(work, "–", Goal("≤", 1, "s"), values, f"{len(values)} starts")
 
 
-IMPORTS = "import time; began = time.time(); import torch, torchvision, lightning; print({})"
-
-
-def imports(place: Place) -> float:
-    """Seconds that nobody can avoid."""
-    said = place.run("-c", IMPORTS.format("time.time() - began"))
-    return tell("imports", float(said.splitlines()[-1]), "s")
-
-
 def first_step(place: Place) -> Iterator[Row]:
     """Row 8: until the embedded default trains."""
-    found = alternate(
-        {
-            "imports": lambda: imports(place),
-            "ours": lambda: tell(
-                "first step", place.train("data=digits", "max_steps=2")["time_to_first_step"], "s"
-            ),
-        },
-        place.size.rounds,
-    )
-    beyond = [b - a for a, b in zip(found["imports"], found["ours"], strict=True)]
+    found = place.starts("data=digits")
     yield Row(
         "process start to first step, digits", "import of torch, torchvision, lightning",
-        Goal("≤", 1.5, "s"), beyond,
-        f"{rates('imports', found['imports'])} s, {rates('first step', found['ours'])} s",
+        Goal("≤", 1.5, "s"), differences(found["first step"], found["imports"]), starting(found),
     )  # fmt: skip
+
+
+def starting(found: Mapping[str, Sequence[float]]) -> str:
+    """How long both take."""
+    seconds = (f"{name} {shown(statistics.median(values), 's')}" for name, values in found.items())
+    return f"{', '.join(seconds)}; in turns of a quarter of a second"
 
 
 def validation(place: Place) -> Iterator[Row]:
@@ -665,40 +668,44 @@ def files(place: Place) -> Iterator[Row]:
     )  # fmt: skip
     training = [*arguments, "model=tiny", "model.weights=null", "max_steps=1", "num_workers=0"]
     training += ["+trainer.limit_val_batches=1", "recipe=textbook"]
-    beyond = []
-    for _ in range(max(1, place.size.rounds - 1)):
-        bare = imports(place)
-        seconds = tell("first step", place.train(*training)["time_to_first_step"], "s")
-        beyond.append(seconds - bare)
+    found = place.starts(*training)
     yield Row(
-        f"{work}: second start", "first step above the imports", Goal("≤", 5, "s"), beyond,
-        f"the first start reads all images: {shown(cold['seconds'], 's')}",
+        f"{work}: second start", "first step above the imports", Goal("≤", 5, "s"),
+        differences(found["first step"], found["imports"]),
+        f"{starting(found)}; the first start reads all images: {shown(cold['seconds'], 's')}",
     )  # fmt: skip
 
 
 def epochs(place: Place) -> Iterator[Row]:
     """Row 12: from a thousand to a hundred thousand images."""
-    sizes, seconds = place.size.epoch_sizes, []
+    sizes = place.size.epoch_sizes
     root = place.many(sizes[-1])
-    for size in sizes:
-        times = max(2, min(6, 20_000 // size))
-        run = place.clocked(
-            *folder_of(root, "tiny", 8, place.size.batch), f"epochs={times}", "num_workers=0",
-            f"data.fraction={size / sizes[-1]}", "+trainer.limit_val_batches=1",
-        )  # fmt: skip
-        found = statistics.median(run["epochs"][1:])
-        seconds.append(tell(f"epoch of {size:,} images", found, "s"))
-    each = slopes(sizes, seconds)
-    slope, constant = line_through(sizes, seconds)
+    overrides = [*folder_of(root, "tiny", 8, place.size.batch), "num_workers=0"]
+    # each reads as many images as the largest has, so that what an epoch takes once is in all rates
+    found = place.in_turns(
+        {
+            f"{size:,} images": place.ours(*overrides, f"data.fraction={size / sizes[-1]}")
+            for size in sizes
+        },
+        images=sizes[-1],
+    )
+    differing, constants, each = [], [], []
+    for measured in zip(*found.values(), strict=True):
+        seconds = [size / rate for size, rate in zip(sizes, measured, strict=True)]
+        each = slopes(sizes, seconds)
+        slope, constant = line_through(sizes, seconds)
+        differing.append(100 * (max(each) - min(each)) / slope)
+        constants.append(abs(constant))
     work = f"time per epoch, {sizes[0]:,} to {sizes[-1]:,} images"
     told = ", ".join(shown(1e6 * value, "x") for value in each)
     yield Row(
         work, "slopes between sizes: largest less least, of the fit's", Goal("≤", 5, "%"),
-        [100 * (max(each) - min(each)) / slope],
-        f"files of 32 × 32, model=tiny; µs per image more: {told}",
+        differing,
+        f"files of 32 × 32, model=tiny; µs per image more, last round: {told}; validations are "
+        "hundreds of epochs apart",
     )  # fmt: skip
     yield Row(
-        work, "constant of a linear fit", Goal("≤", 2, "s"), [abs(constant)],
+        work, "constant of a linear fit", Goal("≤", 2, "s"), constants,
         f"{shown(1e6 * slope, 'x')} µs per image",
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Trainings that take turns: where the machine is slow for a while, all of them are.
+"""Processes that take turns: where the machine is slow for a while, all of them are.
 
 Each is a process that tells of its steps and stands still, workers and all, while another trains.
 """
@@ -27,9 +27,10 @@ def tell_step(images: int) -> None:
 
 
 class Training:
-    """A process that calls tell_step after each step, stopped once it has begun.
+    """A process that calls tell_step after each step, and stands still until its turn.
 
-    terminal: it is shown one, as a person's is. Raises RuntimeError where the process ends.
+    terminal: it is shown one, as a person's is. Raises RuntimeError where the process ends before
+    it is killed.
     """
 
     def __init__(
@@ -57,32 +58,49 @@ class Training:
         os.close(output)
         if self._reader:
             self._reader.start()
-        try:
-            self._warm_up()
-        except RuntimeError:
-            self.end()
-            raise
+        self._stop()
 
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
+        """Train until the first steps are over."""
+        self._go_on()
         self._next_step()
         began, steps = time.monotonic(), 1
         while steps < SKIP and time.monotonic() - began < MOST_SKIPPED:
             self._next_step()
             steps += 1
-        os.killpg(self.process.pid, signal.SIGSTOP)
+        self._stop()
 
     def turn(self, seconds: float) -> tuple[int, float]:
         """Train for at least so long, to the end of a step: images, and seconds it took."""
         images, began = 0, time.perf_counter()
-        os.killpg(self.process.pid, signal.SIGCONT)
+        self._go_on()
         while time.perf_counter() - began < seconds:
             images += self._next_step()
         took = time.perf_counter() - began
-        os.killpg(self.process.pid, signal.SIGSTOP)
+        self._stop()
         return images, took
 
+    def start(self, seconds: float) -> tuple[bool, float]:
+        """Start up, at most for so long: whether a step is over, and seconds it took."""
+        began = time.perf_counter()
+        self._go_on()
+        if stepped := self._waits_to_tell(seconds):
+            self._next_step()
+        took = time.perf_counter() - began
+        self._stop()
+        return stepped, took
+
+    def _go_on(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def _stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def _waits_to_tell(self, seconds: float) -> bool:
+        return bool(select.select([self._steps], [], [], seconds)[0])
+
     def _next_step(self) -> int:
-        ready, _, _ = select.select([self._steps], [], [], SILENCE)
+        ready = self._waits_to_tell(SILENCE)
         told = os.read(self._steps, SIZE) if ready else b""
         if not told:
             why = "it ended" if ready else f"no step for {SILENCE:.0f} s"
@@ -125,3 +143,18 @@ def take_turns(
         for name in trainings:
             found[name].append(seen[name] / spent[name])
     return found
+
+
+def start_by_turns(trainings: Mapping[str, Training], turn: float) -> dict[str, float]:
+    """Seconds from the start of each process to its first step.
+
+    turn: seconds of one, at most.
+    """
+    spent, starting = dict.fromkeys(trainings, 0.0), set(trainings)
+    while starting:
+        for name in sorted(starting):
+            stepped, took = trainings[name].start(turn)
+            spent[name] += took
+            if stepped:
+                starting.remove(name)
+    return spent

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from types import SimpleNamespace
 from typing import ClassVar
@@ -23,7 +24,7 @@ pytest.importorskip("pty")  # not on Windows, as make
 import bench
 import bench_images
 from bench import Goal, Row
-from bench_turns import Training, take_turns
+from bench_turns import Training, start_by_turns, take_turns
 
 
 def row(*values, sign="≥", bound=2.0, unit="x", **more):
@@ -90,6 +91,7 @@ def test_trainings_take_turns_and_the_rate_is_that_of_the_turns(tmp_path):
         "loop": trains(tmp_path, seconds=0.02, images=4),
     }
     with bench.begun(sides) as trainings:
+        bench.warm_up(trainings)
         found = take_turns(trainings, rounds=2, seconds=0.2, turn=0.05)
         processes = [training.process for training in trainings.values()]
     assert all(2.5 < ratio < 6 for ratio in bench.ratios(found["ours"], found["loop"]))
@@ -107,14 +109,32 @@ def test_a_training_stands_still_between_its_turns(tmp_path):
 
 def test_a_training_that_ends_is_told_with_what_it_said(tmp_path):
     words = [sys.executable, "-c", "print('no such folder')"]
-    with pytest.raises(RuntimeError, match="it ended: no such folder"):
-        Training(words, tmp_path, os.environ, tmp_path / "said")
+    side = partial(Training, words, tmp_path, os.environ, tmp_path / "said")
+    with (
+        bench.begun({"ours": side}) as trainings,
+        pytest.raises(RuntimeError, match="it ended: no such folder"),
+    ):
+        bench.warm_up(trainings)
 
 
 def test_a_training_may_have_a_terminal(tmp_path):
     words = [sys.executable, "-c", "import sys; print('seen' if sys.stdout.isatty() else 'blind')"]
-    with pytest.raises(RuntimeError, match="it ended: seen"):
-        Training(words, tmp_path, os.environ, tmp_path / "said", terminal=True)
+    side = partial(Training, words, tmp_path, os.environ, tmp_path / "said", terminal=True)
+    with (
+        bench.begun({"ours": side}) as trainings,
+        pytest.raises(RuntimeError, match="it ended: seen"),
+    ):
+        bench.warm_up(trainings)
+
+
+def test_starts_take_turns_and_each_is_as_long_as_it_is_alone(tmp_path):
+    sides = {
+        "imports": trains(tmp_path, seconds=0.3, images=1),
+        "ours": trains(tmp_path, seconds=0.9, images=1),
+    }
+    with bench.begun(sides) as trainings:
+        found = start_by_turns(trainings, turn=0.05)
+    assert 0.3 < found["imports"] < 0.9 < found["ours"] < 1.5
 
 
 def test_the_best_other_is_that_of_the_first_round(tmp_path, monkeypatch):
@@ -125,7 +145,7 @@ def test_the_best_other_is_that_of_the_first_round(tmp_path, monkeypatch):
         return {name: [next(rates[name]) for _ in range(rounds)] for name in trainings}
 
     def side(name):
-        return lambda: SimpleNamespace(end=lambda: ended.append(name))
+        return lambda: SimpleNamespace(end=lambda: ended.append(name), warm_up=lambda: None)
 
     monkeypatch.setattr(bench.Place, "_rates", rounds)
     place = bench.Place(tmp_path, replace(bench.QUICK, rounds=3))
@@ -179,7 +199,7 @@ class Paper(bench.Place):
 
     asked: ClassVar[list] = []
     figures: ClassVar[dict] = {
-        "time_to_first_step": 9.0, "seconds": 9.0, "accuracy": 0.5, "accuracies": [0.5],
+        "seconds": 9.0, "accuracy": 0.5, "accuracies": [0.5],
         "share": 0.3, "held": 1e6,
         "peak": 1e6, "files": 1000, "gpu": "one", "epochs": [1.0, 1.0], "validation": 0.1,
         "forward": 0.1, "best": 0.1,
@@ -194,22 +214,24 @@ class Paper(bench.Place):
 
     def side(self, script, name, arguments, terminal=False, more=None):
         self.asked.append(arguments.get("arguments", []))
-        return lambda: SimpleNamespace(end=lambda: None)
+        return self.process([])
+
+    def process(self, words, terminal=False, more=None):
+        return lambda: SimpleNamespace(end=lambda: None, warm_up=lambda: None)
 
     def _rates(self, trainings, rounds, images=0):
         return {name: [100.0] * rounds for name in trainings}
 
-    def train(self, *overrides, cache=None):
+    def clocked(self, *overrides, cache=None):
         self.asked.append([*overrides])
         return self.figures
-
-    clocked = train
 
 
 @pytest.mark.slow
 def test_every_row_asks_for_runs_that_can_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "another_process", nullcontext)
     monkeypatch.setattr(bench, "line_through", lambda xs, ys: (1.0, 1.0))
+    monkeypatch.setattr(bench, "start_by_turns", lambda sides, turn: dict.fromkeys(sides, 1.0))
     size = replace(bench.QUICK, rounds=2, images=60, large_images=10, files=20)
     (tmp_path / "resnet18.pt").touch()  # the weights of the probe
     place = Paper(tmp_path, replace(size, pixels=(64, 32), epoch_sizes=(20, 40)))
