@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from conftest import SMALL, composed, facts_of
 from finetune import build, recipes, resolve
 from finetune.backbones.base import kind_of
 from finetune.backbones.tiny import tiny
+from finetune.overrides import CONF
 from finetune.recipes import DataFacts, ModelFacts
 
 PHOTOS = DataFacts(num_images=1020, image_area=500 * 375, batch=64)
@@ -219,3 +222,14 @@ def test_auto_starts_a_pretrained_network_as_a_linear_probe_and_averages_it():
         assert "head.init" not in other
     small = chosen(recipes.auto, model=replace(RESNET, num_parameters=300_000))
     assert not {"head.init", "ema"} & small.keys()
+
+
+@pytest.mark.parametrize("group", resolve.GROUPS)
+def test_what_a_recipe_takes_is_what_hydra_composes(group):
+    options = [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
+    assert len(options) > 2
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for option in options:
+            composed = compose(f"{group}/{option}")[group]
+            taken = resolve.leaf(group, option)
+            assert OmegaConf.to_container(taken) == OmegaConf.to_container(composed), option
