@@ -336,11 +336,11 @@ class Place:
     def starts(self, *overrides: str) -> dict[str, list[float]]:
         """Seconds of the imports that nobody can avoid, and to train.py's first step."""
         found: dict[str, list[float]] = {"imports": [], "first step": []}
-        sides = {
-            "imports": self.process([sys.executable, "-c", IMPORTS]),
-            "first step": self.ours(*overrides),
-        }
         for _ in range(self.size.starts):
+            sides = {
+                "imports": self.process([sys.executable, "-c", IMPORTS]),
+                "first step": self.ours(*overrides),
+            }
             with begun(sides) as trainings:
                 for name, seconds in start_by_turns(trainings, self.size.slice).items():
                     found[name].append(tell(name, seconds, "s"))
