@@ -15,7 +15,7 @@ help:
 	@echo 'make test       the tests that need neither network, GPU nor patience; ARGS goes to pytest'
 	@echo 'make test-all   every test'
 	@echo 'make torture    kills, signals, damaged files, a full disk, bad data; N=50 for a long one'
-	@echo 'make bench      how fast it is, into docs/benchmark.md; 45 minutes, or ARGS=--quick'
+	@echo 'make bench      how fast it is, into docs/benchmark.md; an hour, or ARGS=--quick'
 	@echo 'make check      ruff, mypy, import floors'
 	@echo 'make audit      known vulnerabilities of the locked packages, where the database can be reached'
 	@echo 'make format     put the code in order, where ruff can'
