@@ -527,7 +527,7 @@ def probe(place: Place) -> Iterator[Row]:
         "data=image_folder", f"data.root={root}", f"model={model}", f"model.weights={weights}",
         f"model.input_size={size}", f"batch_size={place.size.batch}",
     ]  # fmt: skip
-    cold, warm, differences = [], [], []
+    cold, warm, apart = [], [], []
     for _ in range(max(1, place.size.rounds - 1)):
         plain = place.call(
             "bench_plain", "probe", root=str(root), model=model, weights=str(weights), size=size,
@@ -544,7 +544,7 @@ def probe(place: Place) -> Iterator[Row]:
         warm += [plain["seconds"] / tell("ours, again", run["seconds"], "s") for run in runs]
         ours = statistics.mean(run["accuracy"] for run in runs)
         theirs = statistics.mean(plain["accuracies"])
-        differences.append(100 * abs(ours - theirs))
+        apart.append(100 * abs(ours - theirs))
     work = f"linear probe, {epochs} epochs, {model} {size} px, {place.size.images:,} images"
     loop = "plain loop with a frozen backbone"
     told = (
@@ -554,7 +554,7 @@ def probe(place: Place) -> Iterator[Row]:
     yield Row("the same, a second run", loop, Goal("≥", 100, "x"), warm, "start-up left out")
     yield Row(
         "the same, accuracy on val", "that loop's, same weights", Goal("≤", 2, "points"),
-        differences, f"means of {len(runs)} heads: {100 * ours:.1f} and {100 * theirs:.1f} %",
+        apart, f"means of {len(runs)} heads: {100 * ours:.1f} and {100 * theirs:.1f} %",
     )  # fmt: skip
 
 

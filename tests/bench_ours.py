@@ -14,7 +14,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.machine import collect_later, keep_freed_memory, let_threads_sleep
+from finetune.machine import (
+    collect_from_now_on,
+    collect_later,
+    keep_freed_memory,
+    let_threads_sleep,
+)
 
 collect_later()  # as train.py does, before torch
 let_threads_sleep()
@@ -148,6 +153,7 @@ def stepping(arguments: Sequence[str]) -> None:
 
 def bare(arguments: Sequence[str], run: str) -> None:
     """The same without loggers, progress bar, guards and checkpoints."""
+    collect_from_now_on()
     (cfg,) = compose_jobs("train", [*arguments])
     fit.quiet_libraries()
     parts = fit.prepare(cfg, "", Path(run))
@@ -157,6 +163,7 @@ def bare(arguments: Sequence[str], run: str) -> None:
 
 def index(arguments: Sequence[str]) -> dict[str, float]:
     """Read what lies in a folder: seconds, and bytes of memory that stay and that were needed."""
+    collect_from_now_on()
     (cfg,) = compose_jobs("train", [*arguments])
     before, peak = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     began = time.perf_counter()

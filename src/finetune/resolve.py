@@ -103,15 +103,15 @@ def _with_asked(choice: Choice, asked: DictConfig) -> DictConfig:
 def leaf(group: str, option: str) -> DictConfig:
     """The config of conf/<group>/<option>.yaml, what it inherits included."""
     path, name = CONF / group / f"{option}.yaml", f"{group}/{option}"
-    node: DictConfig | None = None
     if path.exists():
-        node = DictConfig(OmegaConf.load(path))  # in a thirtieth of the time that Hydra takes
-    if node is None or "defaults" in node:
-        if GlobalHydra.instance().is_initialized():
+        node: DictConfig = DictConfig(OmegaConf.load(path))
+        if "defaults" not in node:  # a thirtieth of the time that Hydra takes
+            return node
+    if GlobalHydra.instance().is_initialized():
+        node = compose(name)[group]
+    else:  # in a rank that was started with a config
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             node = compose(name)[group]
-        else:  # in a rank that was started with a config
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                node = compose(name)[group]
     OmegaConf.set_struct(node, False)
     return node
 
