@@ -16,14 +16,14 @@ from finetune.tasks.base import Task, loss_scaler
 class FiniteGuard(Callback):
     """Stops a run whose loss or gradient is not finite, before any of it is in a checkpoint.
 
-    The first bad step is kept on the device, and looked at before each checkpoint and validation,
-    and every n steps. What fp16's scaler skips is no failure, but a scale below 1 is.
+    What each step gave stays on a GPU, and is looked at before each checkpoint and validation, and
+    every n steps. What fp16's scaler skips is no failure, but a scale below 1 is.
     advice: what to type to see more.
     """
 
     def __init__(self, advice: str, every_n_steps: int = 50) -> None:
         self.advice, self.every_n_steps = advice, every_n_steps
-        self.first_bad: Tensor | None = None  # (2,): the step, from 1, or 0 for none; its loss
+        self.noted: list[tuple[int, Tensor]] = []  # steps, from 1; loss and gradient, (2,)
         self.total: Tensor | None = None  # (), of this step's gradient: not finite if a part is not
         self.looked_at = 0
 
@@ -51,18 +51,12 @@ class FiniteGuard(Callback):
         if norm is None or loss_scaler(trainer):
             norm = self.total
         self.total = None
-        self._note(loss, loss if norm is None else loss + norm.to(loss.device), trainer.global_step)
+        norm = loss if norm is None else norm.to(loss.device)
+        if loss.device.type != "cpu" or not math.isfinite(loss + norm):  # a GPU is not waited for
+            both = torch.stack([loss.float(), norm.float()])
+            self.noted.append((max(1, trainer.global_step), both))
         if trainer.global_step - self.looked_at >= self.every_n_steps:
             self.look(trainer)
-
-    def _note(self, loss: Tensor, total: Tensor, step: int) -> None:
-        if loss.device.type == "cpu" and math.isfinite(total):
-            return  # a GPU would be waited for
-        here = torch.stack([torch.full_like(loss, max(1, step)), loss]).float()
-        if self.first_bad is None:
-            self.first_bad = torch.zeros_like(here)
-        bad = ~torch.isfinite(total) & (self.first_bad[0] == 0)
-        self.first_bad = torch.where(bad, here, self.first_bad)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look before a best checkpoint can be written."""
@@ -71,15 +65,17 @@ class FiniteGuard(Callback):
     def look(self, trainer: L.Trainer) -> None:
         """Raise NotFinite, on all ranks, if a step of one of them was not."""
         self.looked_at = trainer.global_step
-        found = torch.zeros(2) if self.first_bad is None else self.first_bad
-        found = found.to(trainer.strategy.root_device)
+        found = torch.tensor(self.first_bad(), dtype=torch.float64)
         ranks = [found]
         if trainer.world_size > 1:
+            found = found.to(trainer.strategy.root_device)
             ranks = [torch.empty_like(found) for _ in range(trainer.world_size)]
             torch.distributed.all_gather(ranks, found)
         if bad := [
             (int(step), float(loss)) for step, loss in map(torch.Tensor.tolist, ranks) if step
         ]:
+            assert isinstance(trainer.lightning_module, Task)
+            trainer.lightning_module.hand_over_logs()  # the curves show how it came
             step, loss = min(bad, key=lambda where: where[0])
             what = "gradient" if math.isfinite(loss) else "loss"
             raise NotFinite(
@@ -95,3 +91,13 @@ class FiniteGuard(Callback):
                 f"step {trainer.global_step}: trainer.precision=16-mixed overflows however small "
                 "its scale; type trainer.precision=bf16-mixed or 32-true"
             )
+
+    def first_bad(self) -> tuple[float, float]:
+        """The first step noted that is not finite, 0.0 for none, and its loss; forgets them."""
+        noted, self.noted = self.noted, []
+        if noted:
+            values = torch.stack([both for _, both in noted]).tolist()
+            for (step, _), (loss, norm) in zip(noted, values, strict=True):
+                if not math.isfinite(loss + norm):
+                    return float(step), loss
+        return 0.0, 0.0

@@ -73,6 +73,7 @@ class Task(L.LightningModule):
             (parameter, parameter.detach().clone())
             for parameter in (model.backbone.net.parameters() if self.l2_sp else ())
         ]
+        self._to_log: list[Point] = []
         self._mode_epoch = -1
         self._scales: list[float] = []  # lr_scale of each layer in that epoch
         self._frozen_for_now: list[nn.Parameter] = []
@@ -213,19 +214,57 @@ class Task(L.LightningModule):
         return bool(steps and (self.global_step + 1) % trainer.log_every_n_steps == 0)
 
     def log_step(self, values: Mapping[str, Tensor | float], step: int) -> None:
-        """Hand values to the loggers at once.
+        """Hand values to the loggers: at once, or once a GPU has computed them.
 
-        Lightning's own log does so after on_train_batch_end, when the checkpoint of this step may
-        be written already: a run stopped there would lose the point.
+        They are not waited for until the next point, or until a checkpoint is written: Lightning's
+        own log comes later than the one of this step, and a run stopped there would lose the point.
         """
-        plain = {name: float(value) for name, value in values.items()}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(plain, step)
+        if self._to_log and self._to_log[-1].step != step:
+            self.hand_over_logs()
+        self._to_log.append(Point(step, values))
+        if self.device.type != "cuda":
+            self.hand_over_logs()
+
+    def hand_over_logs(self) -> None:
+        """Give the loggers what they have not got yet."""
+        points, self._to_log = self._to_log, []
+        for point in points:
+            plain = point.plain()
+            for logger in self.trainer.loggers:
+                logger.log_metrics(plain, point.step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Log first what is older than the checkpoint."""
+        self.hand_over_logs()
+
+    def on_train_end(self) -> None:
+        """Log the last point."""
+        self.hand_over_logs()
 
     def learning_rates(self) -> dict[str, float]:
         """lr/<group>: what the step in progress uses."""
         groups = self.trainer.optimizers[0].param_groups
         return {f"lr/{group['name']}": group["lr"] for group in groups}
+
+
+class Point:
+    """Values of a step, those that a GPU computes on their way to the host."""
+
+    def __init__(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+        self.step = step
+        self._values = {
+            name: value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        self._there = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if self._there:
+            self._there.record()
+
+    def plain(self) -> dict[str, float]:
+        """The values, once they are there."""
+        if self._there:
+            self._there.synchronize()
+        return {name: float(value) for name, value in self._values.items()}
 
 
 def reseed(seed: int, device: torch.device) -> None:

@@ -108,6 +108,7 @@ class Classification(Task):
         self.log_dict(values, logger=False)  # for monitor; and to the loggers:
         # at the last step done; after training a step later, which a resume logs again
         self.log_step(values, self.global_step - (self.trainer.state.fn == TrainerFn.FITTING))
+        self.hand_over_logs()
         self.last_confusion = metrics.confusion_counts()
         self.last_per_class = metrics.per_class()
         metrics.reset()
