@@ -77,8 +77,8 @@ def test_memory_is_that_of_the_container_where_it_has_less_than_the_machine(tmp_
 
 @pytest.mark.parametrize(
     ("cores", "in_memory", "on_gpu", "expected"),
-    [(1, False, True, 0), (2, False, False, 1), (2, False, True, 1), (16, False, True, 8),
-     (16, False, False, 4), (64, False, False, 8), (16, True, True, 0)],
+    [(1, False, True, 0), (2, False, False, 1), (2, False, True, 1), (16, False, True, 15),
+     (64, False, True, 16), (16, False, False, 4), (64, False, False, 8), (16, True, True, 0)],
 )  # fmt: skip
 def test_workers_are_as_many_as_the_work_needs(cores, in_memory, on_gpu, expected):
     assert num_workers(cores, in_memory, on_gpu) == expected
