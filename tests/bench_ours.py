@@ -26,11 +26,10 @@ let_threads_sleep()
 keep_freed_memory()
 
 import lightning as L  # noqa: E402
-import torch  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 import finetune.data.image_folder  # noqa: E402, F401  its own memory is not that of an index
-from bench_turns import tell_step  # noqa: E402
+from bench_turns import Teller  # noqa: E402
 from finetune import build, datamodule, fit, train  # noqa: E402
 from finetune.callbacks import checkpoints  # noqa: E402
 from finetune.overrides import compose_jobs  # noqa: E402
@@ -123,20 +122,13 @@ datamodule.leave_group = lambda worker: None
 
 
 class Steps(Callback):
-    """Tells of each step; on a GPU of ten at once, when they are done, as bench_plain.py does."""
+    """Tells of each step, as bench_plain.py does."""
 
     def __init__(self) -> None:
-        self.images = self.steps = 0
+        self.tell = Teller()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.images += len(batch[1])
-        self.steps += 1
-        if pl_module.device.type == "cuda":
-            if self.steps % 10:
-                return
-            torch.cuda.synchronize()
-        tell_step(self.images)
-        self.images = 0
+        self.tell(len(batch[1]))
 
 
 def stepping(arguments: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.models import get_model
 
-from bench_turns import tell_step
+from bench_turns import Teller
 from finetune.layering import layer_modules
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,21 +29,9 @@ LR, MOMENTUM = 0.001, 0.9  # of recipe=textbook
 
 def forever(step: Callable[[], int]) -> NoReturn:
     """Steps, each of which gives its images, until the process is killed."""
-    images = steps = 0
+    tell = Teller()
     while True:
-        images += step()
-        steps += 1
-        if torch.cuda.is_available() and steps % 10:
-            continue  # or the queue grows and the clock sees nothing
-        wait_for_device()
-        tell_step(images)
-        images = 0
-
-
-def wait_for_device() -> None:
-    """Until what was asked of a GPU is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        tell(step())
 
 
 def at_hand(
@@ -54,11 +42,12 @@ def at_hand(
     freeze: int = 0,
     fast: bool = False,
     fused: bool = False,
+    compiled: str | None = None,
 ) -> tuple[Callable[[], int], "FrozenClock"]:
     """Forward, backward and step on a batch that is there.
 
-    freeze: the first layers, and a clock for them. fast: bf16, channels_last and compiled. fused:
-    the optimizer steps in one kernel.
+    freeze: the first layers, and a clock for them. fast: bf16 and channels_last. fused: the
+    optimizer steps in one kernel. compiled: the mode of torch.compile, None without.
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +58,8 @@ def at_hand(
     clock = FrozenClock(net, freeze)
     if fast:
         net.to(memory_format=torch.channels_last)
-        net.compile(dynamic=False)
+    if compiled:
+        net.compile(dynamic=False, mode=compiled)
     trains = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trains, LR, MOMENTUM, fused=fused)
 
@@ -86,11 +76,9 @@ def at_hand(
     return step, clock
 
 
-def limit(
-    model: str, size: int, batch: int, classes: int, fast: bool = False, fused: bool = False
-) -> None:
-    """Nothing but the steps: see at_hand."""
-    step, _ = at_hand(model, size, batch, classes, fast=fast, fused=fused)
+def limit(model: str, size: int, batch: int, classes: int, **more: Any) -> None:
+    """Nothing but the steps: see at_hand, also for what is more."""
+    step, _ = at_hand(model, size, batch, classes, **more)
     forever(step)
 
 

@@ -10,13 +10,16 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 SKIP = 20  # steps that are left out, as in images_per_second of run.json
 MOST_SKIPPED = 15.0  # seconds, where 20 steps take longer
 SILENCE = 300.0  # seconds without a step: it hangs
+AHEAD = 3  # steps that are asked of a GPU before the first of them is waited for
 SIZE = 8  # bytes that tell of a step
 CHANNEL = "BENCH_STEPS"  # the file descriptor that they are written to
 
@@ -24,6 +27,32 @@ CHANNEL = "BENCH_STEPS"  # the file descriptor that they are written to
 def tell_step(images: int) -> None:
     """Say, in a training, that a step of so many images is over."""
     os.write(int(os.environ[CHANNEL]), images.to_bytes(SIZE, "little"))
+
+
+class Teller:
+    """Says of each step that it is over: on a GPU once it is computed, and a few steps are asked.
+
+    To wait for each would let the GPU wait for the next one; unlimited, what is asked of it would
+    be computed in the other's turn.
+    """
+
+    def __init__(self) -> None:
+        self._asked: deque[tuple[Any, int]] = deque()  # events and images
+
+    def __call__(self, images: int) -> None:
+        """After a step of so many images."""
+        import torch  # here: to count the steps of a process takes none
+
+        if not torch.cuda.is_initialized():
+            tell_step(images)
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._asked.append((event, images))
+        if len(self._asked) > AHEAD:
+            event, images = self._asked.popleft()
+            event.synchronize()
+            tell_step(images)
 
 
 class Training:
