@@ -8,7 +8,7 @@ import torch
 
 from conftest import SMALL, assert_same_end, facts_of, lose, plain
 from finetune import build, fit
-from finetune.errors import TrainingError
+from finetune.errors import ConfigError, TrainingError
 
 RUN = (*SMALL, "checkpoint.every_n_steps=3", "logger=csv")
 
@@ -55,6 +55,17 @@ def test_what_cannot_be_compiled_is_told(tmp_path):
     told = fit.failure_of(error, plain(*SMALL, "compile=true"), tmp_path)
     assert isinstance(told, TrainingError)
     assert "compile=false" in str(told)
+
+
+def test_cuda_graphs_are_for_one_device_and_steps_of_one_batch(monkeypatch):
+    cfg = plain(*SMALL, "compile=reduce-overhead", "trainer.accumulate_grad_batches=2")
+    model = build.build_model(cfg, ("a", "b"))
+    build.use_device(cfg, model)  # a CPU has none
+    monkeypatch.setattr(build, "on_gpu", lambda cfg: True)
+    with pytest.raises(ConfigError, match=r"compile=reduce-overhead: .* Type compile=true"):
+        build.use_device(cfg, model)
+    cfg.compile = True
+    build.use_device(cfg, model)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 
 from conftest import SMALL, assert_same_end, facts_of, finish, lose, plain
 from finetune import build
-from finetune.data import transforms
+from finetune.data import resident, transforms
 from finetune.data.cache import Choice, ImageCache
 from finetune.data.fake import fake
 from finetune.data.image_folder import image_folder
@@ -117,7 +117,11 @@ def test_images_of_several_sizes_cannot_be_cropped_there(photos):  # noqa: F811
         datamodule(image_folder(str(photos)), "device").train_dataloader()
 
 
-def test_crops_on_the_device_are_new_in_each_epoch_and_the_same_after_a_resume():
+@pytest.mark.parametrize("batches", [1, 2, 7])
+def test_crops_on_the_device_are_new_in_each_epoch_and_the_same_after_a_resume(
+    monkeypatch, batches
+):
+    monkeypatch.setattr(resident, "AT_ONCE", batches * 4 * 3 * 12**2)
     splits = fake(3, 45, 12)
     first = stacked(datamodule(splits, "device").train_dataloader())
     assert (first[0][0].shape, first[0][0].dtype) == ((4, 3, 8, 8), torch.uint8)
@@ -132,8 +136,8 @@ def test_crops_on_the_device_are_new_in_each_epoch_and_the_same_after_a_resume()
 def test_an_image_that_is_drawn_twice_in_an_epoch_is_cropped_twice():
     splits = fake(3, 45, 12)
     module = datamodule(splits, "device", balanced=True)
-    resident = module._resident_images()
-    one, other = resident.batch([(0, 5, 1), (0, 5, 2)])
+    images = module._resident_images()
+    one, other = images.batch(0, torch.tensor([5, 5]), torch.tensor([1, 2]))
     assert not torch.equal(one, other)
     assert len(stacked(module.train_dataloader())) == 7
 

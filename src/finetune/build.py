@@ -149,14 +149,25 @@ def build_model(cfg: DictConfig, classes: tuple[str, ...]) -> Classifier:
 
 
 def use_device(cfg: DictConfig, model: Classifier) -> None:
-    """Lay a model out as its device computes fastest. cfg: filled."""
+    """Lay a model out as its device computes fastest. cfg: filled.
+
+    Raises ConfigError for CUDA graphs where gradients outlive a step, or are sent to others.
+    """
     if cfg.get("channels_last"):
         model.to(memory_format=torch.channels_last)
     if cfg.get("compile"):
         # by shape: what a resume compiles first must not decide what all shapes are computed by;
         # each of several in each phase of a strategy, or the last phases would not be compiled
         torch._dynamo.config.recompile_limit = 16 * (model.depth + 2)
-        model.compile(dynamic=False)
+        mode = None if cfg.compile is True else cfg.compile
+        batches, devices = cfg.trainer.accumulate_grad_batches, num_devices(cfg)
+        if mode and on_gpu(cfg) and (batches > 1 or devices > 1):
+            raise ConfigError(
+                f"compile={mode}: its CUDA graphs write each step's gradients to the same place, "
+                f"for one device and trainer.accumulate_grad_batches=1; this run has {devices} and "
+                f"{batches}. Type compile=true"
+            )
+        model.compile(dynamic=False, mode=mode)
 
 
 def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:
@@ -199,6 +210,7 @@ def build_datamodule(
         features=features,
         cache=cache,
         augmented=is_random(cfg),
+        compiled=bool(cfg.get("compile")),
     )
 
 

@@ -29,6 +29,7 @@ OPEN = (
 # taken out by build before the dataset is called
 COMMON_DATA_KEYS = ("shots", "fraction", "classes", "balance", "cache")
 SEEDS = 2**32 - 1  # the largest that numpy and Lightning take
+COMPILE_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 MOST_WORKERS = max(8, 4 * usable_cores())
 
 # arguments that build.py passes itself, and what is typed instead, if there is anything
@@ -298,7 +299,8 @@ RANGES: list[tuple[str, bool, Callable[[Any], bool], str]] = [
     ("features.views", True, _whole(1), "a whole number of views of each image from 1, or null"),
     ("features.dir", True, lambda v: isinstance(v, str), "a folder, or null"),
     ("channels_last", True, lambda v: isinstance(v, bool), "true or false, or null"),
-    ("compile", False, lambda v: isinstance(v, bool), "true or false"),
+    ("compile", False, lambda v: isinstance(v, bool) or v in COMPILE_MODES,
+     f"true, false, {' or '.join(COMPILE_MODES)}"),
     ("deterministic", False, lambda v: isinstance(v, bool), "true or false"),
     ("checkpoint.every_n_steps", True, _whole(1), "a whole number from 1, or null"),
     ("mixup", True, FROM_0, "a number from 0, or null"),

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -111,11 +112,23 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Batch]:
         images = self.images()
         device = images.pixels.device
-        labels = self.labels.to(device)
-        batches: Any = self.batch_sampler
-        for wheres in batches:
-            positions = torch.tensor([where[1] for where in wheres], device=device)
-            yield images.batch(wheres), labels[positions]
+        sampler: Any = self.batch_sampler
+        epoch, first = sampler.where()
+        # once an epoch: whatever is brought to a GPU is waited for
+        order = torch.from_numpy(np.array(sampler.order(epoch))).to(device)
+        labels = self.labels.to(device)[order]
+        places = torch.arange(len(order), device=device)
+        rows = order if sampler.labels is None else places  # drawn twice, it is cropped anew
+        batches = sampler.places()
+        together = max(1, images.most_at_once // sampler.batch_size)
+        # a resume crops together what the other run did: sums round by how many they are of
+        for start in range(first - first % together, len(batches), together):
+            several = batches[start : start + together]
+            chosen = torch.cat([places[batch] for batch in several])
+            pixels = images.batch(epoch, order[chosen], rows[chosen])
+            sizes = [len(range(len(order))[batch]) for batch in several]
+            pairs = zip(pixels.split(sizes), labels[chosen].split(sizes), strict=True)
+            yield from islice(pairs, max(0, first - start), None)
 
 
 def collate(samples: list[Sample | DataError]) -> Batch | DataError:
@@ -155,7 +168,7 @@ class DataModule(L.LightningDataModule):
     balanced: training draws every class equally often, and rare images more than once an epoch.
     features: what stands in for images while layers are frozen; a batch then holds Activations in
     their place. cache: keeps images from one epoch to the next. augmented: whether the training
-    transform draws random numbers.
+    transform draws random numbers. compiled: what crops images on a GPU is compiled.
     """
 
     def __init__(
@@ -171,8 +184,10 @@ class DataModule(L.LightningDataModule):
         eval_batch_size: int | None = None,
         cache: ImageCache | None = None,
         augmented: bool = True,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
+        self.compiled = compiled
         self.features, self.cache, self.augmented = features, cache, augmented
         self._resident: ResidentImages | None = None
         self._held: dict[str, Activations] = {}  # (views, N, ...) by split
@@ -239,7 +254,9 @@ class DataModule(L.LightningDataModule):
         batches = self._batches(self.splits.train, shuffle=True)
         first = batches.drawn(0, batches.order(epoch=0), slice(most))
         if self.on_device:
-            return self._resident_images().batch(first)
+            positions, rows = (torch.tensor([where[n] for where in first]) for n in (1, -1))
+            with torch.compiler.set_stance("force_eager"):  # for one look
+                return self._resident_images().batch(0, positions, rows)
         batch = collate([images[where] for where in first])
         if isinstance(batch, DataError):
             raise batch
@@ -256,7 +273,9 @@ class DataModule(L.LightningDataModule):
             else:
                 pixels = self.cache.stacked(images, None if crops else self.train_transform)
             device = self.trainer.strategy.root_device
-            self._resident = ResidentImages(pixels.to(device), crops, self.seed)
+            self._resident = ResidentImages(
+                pixels.to(device), crops, self.seed, self.compiled and device.type == "cuda"
+            )
             log.info(
                 "images: %s of train live on %s, %s (data.cache=)",
                 f"{len(images):,}", device, readable(pixels.nbytes),
@@ -398,8 +417,8 @@ class DataModule(L.LightningDataModule):
     ) -> LazyLoader:
         options: dict[str, Any] = {}
         if num_workers > 0:
-            options = {"persistent_workers": persistent, "prefetch_factor": 4}
-            options["worker_init_fn"] = leave_group
+            options = {"persistent_workers": persistent, "worker_init_fn": leave_group}
+            options["prefetch_factor"] = 4 if num_workers < 8 else 2  # held in shared memory
         return LazyLoader(
             TransformedImages(images, transform, self.seed, keep),
             batch_sampler=sampler,

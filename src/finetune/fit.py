@@ -151,8 +151,8 @@ def failure_of(error: BaseException, cfg: DictConfig, run: Path) -> BaseExceptio
     if cfg.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().splitlines()[0]
         return TrainingError(
-            f"compile=true: torch cannot compile this network here: {reason}. Leave it out: "
-            "compile=false"
+            f"compile={str(cfg.compile).lower()}: torch cannot compile this network here: "
+            f"{reason}. Leave it out: compile=false"
         )
     # torch has no class of its own for it on a CPU
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -1,7 +1,7 @@
 """Training images that live on the device, where batches are cut and augmented at once."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from finetune.data.sampler import stable_hash
 from finetune.data.transforms import Flip, ResizedCrop, Transform
 
+AT_ONCE = 2**24  # values of the images that are cropped together, 64 MB
 ATTEMPTS = 10  # as RandomResizedCrop: after them it takes what fits in the centre
 
 
@@ -86,19 +87,28 @@ KERNELS: Mapping[InterpolationMode, Callable[[Tensor], Tensor]] = {
 
 
 def weights(
-    first: Tensor, length: Tensor, total: int, size: int, kernel: Callable[[Tensor], Tensor]
+    first: Tensor,
+    length: Tensor,
+    total: int,
+    size: int,
+    kernel: Callable[[Tensor], Tensor],
+    flips: Tensor | None = None,
 ) -> Tensor:
     """What each pixel of a line gives to each of a resized part of it, (B, size, total).
 
-    first, length: of the part, (B,). With antialiasing, as torch resizes a crop: a pixel beyond
-    its edge gives nothing.
+    first, length: of the part, (B,). flips: whether it is mirrored, (B,). With antialiasing, as
+    torch resizes a crop: a pixel beyond its edge gives nothing.
     """
-    scale = length[:, None] / size
+    length = length[:, None]
+    scale = length / size
+    reach = scale.clamp(min=1)
     centres = scale * (torch.arange(size, device=first.device) + 0.5)
+    if flips is not None:
+        centres = torch.where(flips[:, None], length - centres, centres)
     places = torch.arange(total, device=first.device) + 0.5 - first[:, None]
-    inside = (places > 0) & (places < length[:, None])
-    away = (places[:, None] - centres[..., None]) / scale.clamp(min=1)[..., None]
-    given = kernel(away) * inside[:, None]
+    inside = (places > 0) & (places < length)
+    places = torch.where(inside, places / reach, math.inf)  # where no kernel reaches
+    given = kernel(places[:, None] - (centres / reach)[..., None])
     return given / given.sum(-1, keepdim=True)
 
 
@@ -109,31 +119,39 @@ def resized(
     kernel = KERNELS[interpolation]
     top, left, height, width = boxes.unbind(1)
     rows = weights(top, height, images.shape[2], size, kernel)
-    columns = weights(left, width, images.shape[3], size, kernel)
-    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    columns = weights(left, width, images.shape[3], size, kernel, flips)
     # rounded in between, as torch has it: what a cubic kernel overshoots is cut off there, too
-    across = (images.float() @ columns[:, None].mT).round().clamp(0, 255)
-    return (rows[:, None] @ across).round().clamp(0, 255).to(torch.uint8)
+    across = (images.float() @ columns[:, None].mT).round_().clamp_(0, 255)
+    return (rows[:, None] @ across).round_().clamp_(0, 255).to(torch.uint8)
 
 
 class ResidentImages:
-    """N images on a device, uint8 (N, 1 or 3, H, W). crops: None: they are seen as they are."""
+    """N images on a device, uint8 (N, 1 or 3, H, W). crops: None: they are seen as they are.
 
-    def __init__(self, pixels: Tensor, crops: Crops | None, seed: int) -> None:
+    compiled: torch.compile makes a few kernels of the many that crop.
+    """
+
+    def __init__(
+        self, pixels: Tensor, crops: Crops | None, seed: int, compiled: bool = False
+    ) -> None:
         self.pixels, self.crops, self.seed = pixels, crops, seed
+        self._resized = torch.compile(resized, dynamic=False) if compiled else resized
         self._epoch = -1
         self._boxes, self._flips = torch.empty(0), torch.empty(0)
 
-    def batch(self, wheres: Sequence[tuple[int, ...]]) -> Tensor:
-        """uint8 (B, 3, S, S) of (epoch, position) or (epoch, position, place in the epoch) each."""
-        device = self.pixels.device
-        images = self.pixels[torch.tensor([where[1] for where in wheres], device=device)]
+    @property
+    def most_at_once(self) -> int:
+        """Images that are cropped together: small ones of many batches, a GPU starts slowly."""
+        side: int = max(*self.pixels.shape[2:], self.crops.size if self.crops else 1)
+        return max(1, AT_ONCE // (3 * side**2))
+
+    def batch(self, epoch: int, positions: Tensor, rows: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) of images at positions (B,), each cropped as its row (B,) is drawn."""
+        images = self.pixels[positions]
         if self.crops is not None:
-            self._draw(wheres[0][0])
-            # an image that comes again in an epoch is cropped anew
-            rows = torch.tensor([where[-1] for where in wheres], device=device)
+            self._draw(epoch)
             boxes, flips = self._boxes[rows], self._flips[rows]
-            images = resized(images, boxes, flips, self.crops.size, self.crops.interpolation)
+            images = self._resized(images, boxes, flips, self.crops.size, self.crops.interpolation)
         return images.expand(-1, 3, -1, -1).contiguous()
 
     def _draw(self, epoch: int) -> None:

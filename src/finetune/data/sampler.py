@@ -77,6 +77,7 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
         # BatchNorm needs two images a rank to train on
         smallest = world_size * (2 if shuffle else 1)
         self.bounds = batch_bounds(num_images, batch_size * world_size, smallest)
+        self.batch_size = batch_size
         self.num_images, self.seed, self.shuffle = num_images, seed, shuffle
         self.rank, self.world_size, self.where = rank, world_size, where
         self.labels = labels if shuffle else None
@@ -99,8 +100,12 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
         numbered = zip(order[places], range(self.num_images)[places], strict=True)
         return [(epoch, position, place) for position, place in numbered]
 
+    def places(self) -> list[slice]:
+        """What this rank takes of an epoch's order, batch by batch."""
+        return [slice(start + self.rank, stop, self.world_size) for start, stop in self.bounds]
+
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         epoch, first = self.where()
         order = self.order(epoch)
-        for start, stop in self.bounds[first:]:
-            yield self.drawn(epoch, order, slice(start + self.rank, stop, self.world_size))
+        for places in self.places()[first:]:
+            yield self.drawn(epoch, order, places)
