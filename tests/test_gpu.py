@@ -70,6 +70,7 @@ def test_no_step_waits_for_the_gpu(command, monkeypatch, precision, clip):
     assert unwaited.steps == 3 * 16
 
 
+@pytest.mark.filterwarnings("default")  # torch's compiler has some for itself
 @pytest.mark.parametrize(
     "more",
     [[], ["data.cache=none", "num_workers=2"], ["compile=reduce-overhead"]],
@@ -85,6 +86,7 @@ def test_a_run_on_a_gpu_that_crashed_ends_with_the_same_bytes(command, tmp_path,
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.filterwarnings("default")
 def test_cuda_graphs_train_as_no_graphs_do(command, tmp_path):
     arguments = [*ON_GPU, *RESIDENT]
     for name, mode in (("graphs", "reduce-overhead"), ("none", "false")):

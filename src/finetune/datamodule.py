@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from finetune.data.base import ImageArray, LabelledImages, Splits
 from finetune.data.cache import ImageCache
@@ -139,8 +139,10 @@ def collate(samples: list[Sample | DataError]) -> Batch | DataError:
             return sample
         good.append(sample)
     images, labels = zip(*good, strict=True)
+    # in a worker it stacks into memory that is shared, and knows one layout
+    stack = default_collate if all(image.is_contiguous() for image in images) else torch.stack
     several = isinstance(labels[0], Tensor)
-    return torch.stack(images), torch.stack(labels) if several else torch.tensor(labels)
+    return stack([*images]), torch.stack(labels) if several else torch.tensor(labels)
 
 
 def as_it_is(image: Tensor) -> Tensor:
