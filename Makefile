@@ -13,7 +13,7 @@ INSTALLED = .venv/installed
 help:
 	@echo 'make train      train; overrides in ARGS: make train ARGS="model=resnet50 data=cifar10"'
 	@echo 'make test       the tests that need neither network, GPU nor patience; ARGS goes to pytest'
-	@echo 'make test-all   every test'
+	@echo "make test-all   every test; those for a GPU by themselves: ARGS='-m gpu'"
 	@echo 'make torture    kills, signals, damaged files, a full disk, bad data; N=50 for a long one'
 	@echo 'make bench      how fast it is, into docs/benchmark.md; an hour, or ARGS=--quick'
 	@echo 'make check      ruff, mypy, import floors'

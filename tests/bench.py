@@ -749,7 +749,7 @@ def gpu(place: Place) -> Iterator[Row]:
     name = place.call("bench_plain", "device")["gpu"]
     graphs = "compile=reduce-overhead"
     fast = ("trainer.precision=bf16-mixed", "channels_last=true", graphs)
-    small = ("data=fake", "data.num_images=50000", "data.image_size=32")
+    small = ("data=fake", "data.num_images=51200", "data.image_size=32")
     compiled = {"compiled": "reduce-overhead"}
     groups: list[tuple[tuple[str, int, int], dict[str, Any], list[GpuCase]]] = [
         (
@@ -769,7 +769,7 @@ def gpu(place: Place) -> Iterator[Row]:
             ("resnet18", 224, 512), {"fast": True, **compiled},
             [
                 GpuCase(
-                    "resnet18 224 px bf16, channels_last, CUDA graphs, 30,000 images of 32 px",
+                    "resnet18 224 px bf16, channels_last, CUDA graphs, 30,720 images of 32 px",
                     0.95, lambda: (*small, *fast),
                 )
             ],

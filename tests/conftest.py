@@ -31,6 +31,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads spin 
 os.environ["FINETUNE_CACHE"] = tempfile.mkdtemp(prefix="finetune-")
 atexit.register(shutil.rmtree, os.environ["FINETUNE_CACHE"], ignore_errors=True)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs but from the tests that need one, -m gpu: the others expect what a CPU gives."""
+    chosen = config.getoption("markexpr")
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # 18 training images, 6 of val and 6 of test, at 8 x 8: a step takes milliseconds
 SMALL = (
     "data=fake",

@@ -257,8 +257,7 @@ class DataModule(L.LightningDataModule):
         first = batches.drawn(0, batches.order(epoch=0), slice(most))
         if self.on_device:
             positions, rows = (torch.tensor([where[n] for where in first]) for n in (1, -1))
-            with torch.compiler.set_stance("force_eager"):  # for one look
-                return self._resident_images().batch(0, positions, rows)
+            return self._resident_images().batch(0, positions, rows, one_look=True)
         batch = collate([images[where] for where in first])
         if isinstance(batch, DataError):
             raise batch

@@ -145,13 +145,16 @@ class ResidentImages:
         side: int = max(*self.pixels.shape[2:], self.crops.size if self.crops else 1)
         return max(1, AT_ONCE // (3 * side**2))
 
-    def batch(self, epoch: int, positions: Tensor, rows: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) of images at positions (B,), each cropped as its row (B,) is drawn."""
-        images = self.pixels[positions]
+    def batch(self, epoch: int, positions: Tensor, rows: Tensor, one_look: bool = False) -> Tensor:
+        """uint8 (B, 3, S, S) of images at positions (B,), each cropped as its row (B,) is drawn.
+
+        one_look: nothing is compiled for it.
+        """
+        images, crop = self.pixels[positions], resized if one_look else self._resized
         if self.crops is not None:
             self._draw(epoch)
             boxes, flips = self._boxes[rows], self._flips[rows]
-            images = self._resized(images, boxes, flips, self.crops.size, self.crops.interpolation)
+            images = crop(images, boxes, flips, self.crops.size, self.crops.interpolation)
         return images.expand(-1, 3, -1, -1).contiguous()
 
     def _draw(self, epoch: int) -> None:
