@@ -123,10 +123,9 @@ class DeviceLoader:
         together = max(1, images.most_at_once // sampler.batch_size)
         # a resume crops together what the other run did: sums round by how many they are of
         for start in range(first - first % together, len(batches), together):
-            several = batches[start : start + together]
-            chosen = torch.cat([places[batch] for batch in several])
+            several = [places[batch] for batch in batches[start : start + together]]
+            chosen, sizes = torch.cat(several), [len(batch) for batch in several]
             pixels = images.batch(epoch, order[chosen], rows[chosen])
-            sizes = [len(range(len(order))[batch]) for batch in several]
             pairs = zip(pixels.split(sizes), labels[chosen].split(sizes), strict=True)
             yield from islice(pairs, max(0, first - start), None)
 

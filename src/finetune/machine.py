@@ -11,7 +11,7 @@ from pathlib import Path
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
-MOST_WORKERS = 16  # that feed one GPU; decoded photos of as many cores are a fast one's
+USEFUL_WORKERS = 16  # for one device; num_workers= may ask for more
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -40,7 +40,7 @@ def num_workers(cores: int, in_memory: bool, on_gpu: bool) -> int:
     """
     if in_memory or cores < 2:
         return 0
-    return min(MOST_WORKERS, cores - 1) if on_gpu else min(8, max(1, cores // 4))
+    return min(USEFUL_WORKERS, cores - 1) if on_gpu else min(8, max(1, cores // 4))
 
 
 def let_threads_sleep() -> None:

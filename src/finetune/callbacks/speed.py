@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from finetune.datamodule import Batch
-from finetune.machine import MOST_WORKERS
+from finetune.machine import USEFUL_WORKERS
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def verdict(data_wait: float, num_workers: int, cores: int, in_memory: bool = Fa
     """
     if data_wait < MUCH_WAITING:
         return f"compute-bound: {data_wait:.0%} of the time waits for data"
-    more = min(MOST_WORKERS, cores - 1)
+    more = min(USEFUL_WORKERS, cores - 1)
     remedy = (
         f"try num_workers={more}"
         if num_workers < more and not in_memory

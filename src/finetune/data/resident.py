@@ -143,7 +143,7 @@ class ResidentImages:
     def most_at_once(self) -> int:
         """Images that are cropped together: small ones of many batches, a GPU starts slowly."""
         side: int = max(*self.pixels.shape[2:], self.crops.size if self.crops else 1)
-        return max(1, AT_ONCE // (3 * side**2))
+        return AT_ONCE // (3 * side**2)
 
     def batch(self, epoch: int, positions: Tensor, rows: Tensor, one_look: bool = False) -> Tensor:
         """uint8 (B, 3, S, S) of images at positions (B,), each cropped as its row (B,) is drawn.
