@@ -314,6 +314,25 @@ def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, diverges, wha
         )
 
 
+def test_a_gradient_that_no_other_shows_is_not_in_a_checkpoint(command, tmp_path, monkeypatch):
+    """It overflows where it becomes that of a weight, and nothing of it flows to lower layers."""
+    original = Classification.setup
+
+    def setup(task, stage):
+        original(task, stage)
+        weight = task.model.head.weight
+        weight.register_hook(lambda g: g / 0 if task.trainer.global_step == 6 else None)
+
+    monkeypatch.setattr(Classification, "setup", setup)
+    arguments = (*DIVERGING, "checkpoint.every_n_steps=4", "optimizer=adamw", "batch_size=8")
+    done = command("train", *arguments, "recipe=textbook")
+    assert done.code == 1
+    assert "error: a step of 5 to 8: the gradient is not finite (loss " in done.err
+    assert [path.name for path in checkpoint.step_paths(tmp_path / "run")] == ["step-4.ckpt"]
+    again = command("train", "resume=run", "debug=replay")
+    assert "step 7 again: the gradients of head.weight are not finite" in again.err
+
+
 def files_of(run):
     files = [path for path in run.rglob("*") if path.is_file() and path.name != "train.log"]
     return {path: path.read_bytes() for path in files}
