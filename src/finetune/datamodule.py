@@ -115,7 +115,7 @@ class DeviceLoader:
         sampler: Any = self.batch_sampler
         epoch, first = sampler.where()
         # once an epoch: whatever is brought to a GPU is waited for
-        order = torch.from_numpy(np.array(sampler.order(epoch))).to(device)
+        order = sampler.order_on(epoch, device)
         labels = self.labels.to(device)[order]
         places = torch.arange(len(order), device=device)
         rows = order if sampler.labels is None else places  # drawn twice, it is cropped anew

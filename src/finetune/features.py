@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from finetune import averaging, checkpoint
 from finetune.data.base import LabelledImages
+from finetune.data.sampler import EpochBatches
 from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
 from finetune.files import cache_folder, make_room, readable
@@ -37,7 +38,7 @@ SAME = 0.01  # of the largest feature: further apart is another network, not ano
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Wheres = list[tuple[int, ...]]  # (view or epoch, position in the split, ...) for each image
-Stored = tuple[Activations, Iterable[Wheres]]
+Stored = tuple[Activations, EpochBatches]
 
 
 @dataclass(frozen=True)
@@ -219,13 +220,16 @@ class FeatureLoader:
             return
         (values, layers), batches = stored
         views, num_images = values.shape[:2]
-        flat, labels = values.flatten(0, 1), self.labels.to(values.device)
-        for wheres in batches:
-            positions = rows = torch.tensor([where[1] for where in wheres], device=values.device)
-            if views > 1:  # an image that comes again in an epoch is seen in another
-                turns = [(where[0] + sum(where[2:])) % views for where in wheres]
-                rows = positions + num_images * torch.tensor(turns, device=values.device)
-            yield Activations(flat[rows], layers), labels[positions]
+        flat, device = values.flatten(0, 1), values.device
+        epoch, first = batches.where()
+        # once an epoch, and no batch makes a tensor of numbers: it took longer than the head
+        order = batches.order_on(epoch, device)
+        turn = torch.tensor(epoch, device=device)
+        if batches.labels is not None:  # an image that comes again is seen in another view
+            turn = turn + torch.arange(len(order), device=device)
+        rows, labels = order + num_images * (turn % views), self.labels.to(device)[order]
+        for places in batches.places()[first:]:
+            yield Activations(flat.index_select(0, rows[places]), layers), labels[places]
 
 
 @dataclass(frozen=True)

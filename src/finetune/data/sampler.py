@@ -93,6 +93,10 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
             return epoch_order(self.num_images, self.seed, epoch)
         return balanced_order(self.labels, self.seed, epoch)
 
+    def order_on(self, epoch: int, device: torch.device) -> Tensor:
+        """The same as a tensor, on a device."""
+        return torch.from_numpy(np.array(self.order(epoch))).to(device)
+
     def drawn(self, epoch: int, order: Sequence[int], places: slice) -> list[tuple[int, ...]]:
         """What stands at these places of an epoch's order, as a batch holds it."""
         if self.labels is None:
