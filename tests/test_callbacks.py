@@ -314,23 +314,34 @@ def test_no_checkpoint_holds_what_is_not_finite(command, tmp_path, diverges, wha
         )
 
 
-def test_a_gradient_that_no_other_shows_is_not_in_a_checkpoint(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (7, "step 8: the loss is not finite (loss nan)"),  # what the weights of step 7 made of it
+        (8, "a step of 7 to 8: the gradient is not finite (loss "),  # since the last validation
+    ],
+)
+def test_a_gradient_that_only_one_layer_shows_is_in_no_checkpoint(
+    command, tmp_path, monkeypatch, bad, told
+):
     """It overflows where it becomes that of a weight, and nothing of it flows to lower layers."""
     original = Classification.setup
 
     def setup(task, stage):
         original(task, stage)
-        weight = task.model.head.weight
-        weight.register_hook(lambda g: g / 0 if task.trainer.global_step == 6 else None)
+        task.model.head.weight.register_hook(
+            lambda grad: grad / 0 if task.trainer.global_step + 1 == bad else None
+        )
 
     monkeypatch.setattr(Classification, "setup", setup)
     arguments = (*DIVERGING, "checkpoint.every_n_steps=4", "optimizer=adamw", "batch_size=8")
-    done = command("train", *arguments, "recipe=textbook")
+    done = command("train", *arguments)  # 3 steps an epoch
     assert done.code == 1
-    assert "error: a step of 5 to 8: the gradient is not finite (loss " in done.err
-    assert [path.name for path in checkpoint.step_paths(tmp_path / "run")] == ["step-4.ckpt"]
+    assert f"error: {told}" in done.err
+    written = [path.name for path in checkpoint.step_paths(tmp_path / "run")]
+    assert written == ["step-6.ckpt", "step-4.ckpt"]
     again = command("train", "resume=run", "debug=replay")
-    assert "step 7 again: the gradients of head.weight are not finite" in again.err
+    assert f"step {bad} again: the gradients of head.weight are not finite" in again.err
 
 
 def files_of(run):
