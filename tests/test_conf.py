@@ -95,5 +95,17 @@ def test_no_file_states_a_fact_about_data(path):
     assert made_up or all(content[key] is None for key in facts & {*content})
 
 
+def test_a_command_parses_in_c_and_reads_the_same(command, monkeypatch):
+    monkeypatch.setattr(yaml, "SafeLoader", yaml.loader.SafeLoader)
+    texts = [path.read_text() for path in CONF.rglob("*.yaml")]
+    texts += ["lr: 1e-3", "a: [1_000, .5, 0o7, 2026-11-26, yes, null, ~]", "é: 'ü' # ö"]
+    before = [OmegaConf.to_container(OmegaConf.create(text)) for text in texts]
+    assert command("train", "--help").code == 0
+    assert yaml.SafeLoader is yaml.CSafeLoader
+    assert [OmegaConf.to_container(OmegaConf.create(text)) for text in texts] == before
+    with pytest.raises(yaml.YAMLError, match=r"line 2, column 1"):
+        OmegaConf.create("a: [1,\n}")
+
+
 def test_the_package_in_a_checkout_reads_the_conf_beside_it():
     assert Path(__file__).parents[1] / "conf" == CONF

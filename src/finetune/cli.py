@@ -25,6 +25,7 @@ from finetune.overrides import (
     asks_for_information,
     compose_jobs,
     help_asked_for,
+    parse_yaml_in_c,
     prepared,
     signs_quoted,
 )
@@ -55,6 +56,7 @@ def command(name: str, task: Callable[[], None]) -> NoReturn:
     collect_later()
     let_threads_sleep()
     keep_freed_memory()
+    parse_yaml_in_c()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints what it catches, and exits, itself
     with signals.handled(signals.at_once):
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -40,6 +41,15 @@ PATHS = (
     *("resume", "sweep.resume", "data.root", "data.table", "model.path", "run", "input", "output"),
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"),
 )
+
+
+def parse_yaml_in_c() -> None:
+    """Have OmegaConf parse with libyaml, where PyYAML has it: to compose takes half the time.
+
+    It names yaml.SafeLoader, PyYAML's own in Python, whose twin reads the same.
+    """
+    module: Any = yaml  # it re-exports without __all__
+    module.SafeLoader = getattr(module, "CSafeLoader", module.SafeLoader)
 
 
 def prepared(command: str, arguments: Sequence[str]) -> list[str]:
@@ -423,10 +433,13 @@ class _Conf:
         """Of a group; none if it is a key."""
         group = group.lstrip("/")
         if group not in self._options:
-            self._options[group] = _loader().get_group_options(
-                group, ObjectType.CONFIG, config_name=self.command, overrides=self.search_path
-            )
+            self._options[group] = self._files.get_group_options(group, ObjectType.CONFIG)
         return self._options[group]
+
+    @functools.cached_property
+    def _files(self) -> Any:
+        """What Hydra finds the files in; its own get_group_options makes one for each question."""
+        return _loader()._parse_overrides_and_create_caching_repo(self.command, self.search_path)[1]
 
     @functools.cached_property
     def defaults(self) -> DictConfig:
