@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,19 +168,18 @@ def send(case: Case, main: int, ranks: list[int]) -> None:
 
 
 def ranks_of(main: int) -> list[int]:
-    """Process ids of the ranks that a launcher started, in order."""
-    found = []
+    """Process ids of the ranks of a launcher, in order: forked of the server that it started."""
+    found: dict[int, tuple[int, bytes]] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
-        try:
+        with suppress(OSError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if parent == main and b"spawn_main" in command:
-            found.append(int(folder.name))
-    return sorted(found)
+            found[int(folder.name)] = parent, (folder / "cmdline").read_bytes()
+    servers = {
+        p for p, (parent, command) in found.items() if parent == main and b"forkserver" in command
+    }
+    return sorted(p for p, (parent, _) in found.items() if parent in servers)
 
 
 def alive(process: int) -> bool:

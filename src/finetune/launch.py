@@ -8,7 +8,6 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from finetune.errors import ConfigError, FinetuneError, Interrupted
 from finetune.fit import fit
 from finetune.lock import locked
 from finetune.machine import keep_freed_memory, num_threads
-from finetune.ranks import End, Rank, Ranks, die_with_launcher
+from finetune.ranks import End, Rank, Ranks, die_with_launcher, start_server
 from finetune.record import Record, Status
 
 log = logging.getLogger(__name__)
@@ -72,19 +71,18 @@ def start_ranks(
     plain = OmegaConf.to_container(cfg, resolve=True)
     threads = num_threads(devices)
     workers = multiprocessing.get_start_method()
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(start_server())
     ranks = Ranks()
     signals.block()  # in the ranks until they can take one, and here until all are started
-    resource_tracker.ensure_running()  # which would die of a SIGUSR1 to the group otherwise
-    signals.block()  # it let some pass
     try:
         with signals.handled(ranks.receive):
             for number in range(devices):
                 here, there = context.Pipe()
+                variables = os.environ | environment(number, devices, store.port)
                 process = context.Process(
                     target=rank_main,
-                    args=(there, number, devices, store.port, plain, str(run_dir), list(overrides),
-                          why_model, logging_config, threads, workers),
+                    args=(there, number, variables, plain, str(run_dir), list(overrides), why_model,
+                          logging_config, threads, workers),
                 )  # fmt: skip
                 process.start()
                 there.close()
@@ -123,8 +121,7 @@ class RankFailed(FinetuneError):
 def rank_main(
     pipe: Connection,
     rank: int,
-    world_size: int,
-    port: int,
+    variables: dict[str, str],
     plain: dict[str, Any],
     run_dir: str,
     overrides: list[str],
@@ -138,7 +135,8 @@ def rank_main(
     # that died before the rank asked for the signal
     threading.Thread(target=die_with_launcher, args=(pipe,), daemon=True).start()
     keep_freed_memory()
-    os.environ.update(environment(rank, world_size, port))
+    os.environ.clear()  # it may have been forked of a process that was started before some were set
+    os.environ.update(variables)
     # of a DataLoader: as in one process. A spawned one would import torch again
     multiprocessing.set_start_method(workers, force=True)
     torch.set_num_threads(threads)  # or the ranks' threads fight over the cores

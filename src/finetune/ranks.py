@@ -2,12 +2,13 @@
 
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess, SpawnProcess
 from types import FrameType
 from typing import Literal
 
@@ -36,7 +37,7 @@ class Rank:
     """A process, and the pipe through which it tells its End."""
 
     number: int
-    process: SpawnProcess
+    process: SpawnProcess | ForkServerProcess
     pipe: Connection
 
     def end(self) -> End | None:
@@ -56,6 +57,26 @@ class Rank:
                 how += ", perhaps for want of memory: type a smaller batch_size or num_workers"
         how = f"rank {self.number} {how}"
         return End(self.number, "killed", said=how, error=how)
+
+
+def start_server() -> str:
+    """Have a process import what ranks run, of which they are then forked: once, and not in each.
+
+    The jobs of a sweep share it; it ends with this process. Gives the start method of
+    multiprocessing for ranks: where nothing can be forked so, each of them is spawned.
+    """
+    # for good, in it: what ends it would leave ranks of which nobody could tell how they ended
+    signals.block()
+    try:
+        resource_tracker.ensure_running()  # which would die of a SIGUSR1 to the group otherwise
+        signals.block()  # it let some pass
+        if not sys.platform.startswith("linux"):
+            return "spawn"
+        forkserver.set_forkserver_preload(["finetune.launch"])
+        forkserver.ensure_running()
+        return "forkserver"
+    finally:
+        signals.unblock()
 
 
 class Ranks:
