@@ -198,18 +198,43 @@ def test_under_every_strategy_both_ranks_end_equal_and_frozen_layers_as_they_wer
         assert not torch.equal(first["start"]["head.weight"], first["end"]["head.weight"])
 
 
-def test_a_sweep_over_several_ranks_gives_each_job_its_own_overrides_and_one_directory(tmp_path):
+# what a rank finds in its environment
+TELLING = """
+import os
+from pathlib import Path
+from finetune.tasks.base import Task
+
+def tell(task):
+    Path(os.environ["SAVE_TO"], f"{os.environ['OF_THE_JOB']}-{task.global_rank}").touch()
+
+Task.on_train_start = tell
+if __name__ == "__main__":
+    from finetune.train import main
+    main()
+"""
+
+
+def test_a_sweep_over_several_ranks_gives_each_job_its_own_overrides_and_one_directory(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "telling.py").write_text(TELLING)
+    monkeypatch.setenv("SAVE_TO", str(tmp_path))
     done = train(
-        "-m", "optimizer.lr=0.01,0.002", "schedule=constant", f"hydra.sweep.dir={tmp_path}"
-    )
+        "-m", "optimizer.lr=0.01,0.002", "schedule=constant",
+        "+hydra.job.env_set.OF_THE_JOB='job${hydra:job.num}'",
+        f"hydra.sweep.dir={tmp_path / 'jobs'}", entry=str(tmp_path / "telling.py"),
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1"]
-    for job, lr in ((0, 0.01), (1, 0.002)):
-        facts = json.loads((tmp_path / str(job) / "run.json").read_text())
+    jobs = {path.name: path for path in (tmp_path / "jobs").iterdir() if path.is_dir()}
+    assert sorted(jobs) == ["0", "1"]
+    for job, lr in (("0", 0.01), ("1", 0.002)):
+        facts = facts_of(jobs[job])
         assert (facts["status"], facts["config"]["optimizer"]["lr"]) == ("finished", lr)
-        rows = csv.DictReader((tmp_path / str(job) / "metrics.csv").read_text().splitlines())
+        rows = csv.DictReader((jobs[job] / "metrics.csv").read_text().splitlines())
         rates = {float(row["value"]) for row in rows if row["metric"] == "lr/head"}
         assert rates == {lr}
+        # the process that they are forked of knows no job
+        assert all((tmp_path / f"job{job}-{rank}").exists() for rank in (0, 1))
 
 
 def test_a_mistake_that_only_the_ranks_find_is_one_message(tmp_path):

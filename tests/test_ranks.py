@@ -9,7 +9,9 @@ import time
 import pytest
 
 import ends
+from conftest import composed
 from finetune import ranks, signals
+from finetune.cli import starts_ranks
 from finetune.ranks import End, Rank, Ranks
 
 
@@ -68,3 +70,22 @@ def test_a_signal_is_forwarded_and_a_second_one_waits_for_nobody(start, target):
         time.sleep(signals.SAME + 0.2)  # until both were sent
     expected = "stopped" if target is ends.stops_when_told else "killed"
     assert (end.status, started.received) == (expected, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "starts"),
+    [
+        ("trainer=ddp_cpu", True),
+        ("trainer.devices=[0,1]", True),
+        ("trainer.devices=2", True),
+        ("trainer.devices=1", False),
+        ("trainer.devices=[1]", False),
+        ("trainer.devices=auto", False),  # torch knows
+        ("trainer=ddp_cpu launcher=slurm", False),
+    ],
+)
+def test_what_ranks_run_is_imported_early_where_they_are_sure(monkeypatch, overrides, starts):
+    cfg = composed(*overrides.split())
+    assert starts_ranks(cfg) == starts
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun started them
+    assert not starts_ranks(cfg)

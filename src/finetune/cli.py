@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune import signals, slurm
+from finetune import ranks, signals, slurm
 from finetune.errors import ConfigError, FinetuneError, Interrupted
 from finetune.machine import (
     collect_from_now_on,
@@ -78,6 +79,8 @@ def run_command(name: str, task: Callable[[], None]) -> None:
         if not asks_for_information(sys.argv[1:]):
             jobs = compose_jobs(name, sys.argv[1:])
             if not asks_for_config(sys.argv[1:]):
+                if any(map(starts_ranks, jobs)):
+                    ranks.start_server()  # it imports what they run beside this process
                 from finetune.check import check_all  # late: from here on torch is imported
 
                 check_all(jobs)
@@ -93,6 +96,14 @@ def run_command(name: str, task: Callable[[], None]) -> None:
     except OSError as error:  # Hydra makes the run directory
         key = "hydra.sweep.dir" if {"-m", "--multirun"} & {*sys.argv} else "hydra.run.dir"
         fail(ConfigError(f"{key}: {error.filename} cannot be written: {error.strerror}"))
+
+
+def starts_ranks(cfg: DictConfig) -> bool:
+    """Whether a job starts several ranks here, as far as it can be told without torch."""
+    devices = OmegaConf.select(cfg, "trainer.devices")
+    num = len(devices) if isinstance(devices, ListConfig) else devices
+    elsewhere = cfg.get("launcher") or os.environ.keys() & {"WORLD_SIZE", "SLURM_NTASKS"}
+    return str(num).isdigit() and int(num) > 1 and not elsewhere
 
 
 def print_sweep(jobs: Sequence[Job]) -> None:
