@@ -46,10 +46,21 @@ PATHS = (
 def parse_yaml_in_c() -> None:
     """Have OmegaConf parse with libyaml, where PyYAML has it: to compose takes half the time.
 
-    It names yaml.SafeLoader, PyYAML's own in Python, whose twin reads the same.
+    It names yaml.SafeLoader, PyYAML's own in Python. The other reads the same, but no escapes of
+    names that are no UTF-8, which Hydra writes: see _load.
     """
     module: Any = yaml  # it re-exports without __all__
     module.SafeLoader = getattr(module, "CSafeLoader", module.SafeLoader)
+
+
+def _load(path: Path) -> Any:
+    """What Hydra wrote of a run or a sweep."""
+    module: Any = yaml
+    before, module.SafeLoader = module.SafeLoader, module.loader.SafeLoader
+    try:
+        return OmegaConf.load(path)
+    finally:
+        module.SafeLoader = before
 
 
 def prepared(command: str, arguments: Sequence[str]) -> list[str]:
@@ -238,7 +249,7 @@ def recorded_overrides(run: Path) -> list[str]:
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run directory. Runs lie below logs/")
     try:
-        recorded = [str(o) for o in OmegaConf.load(path)]
+        recorded = [str(o) for o in _load(path)]
     except Exception as error:
         raise CheckpointError(
             f"{run} is no run directory: {path} cannot be read ({error})"
@@ -342,7 +353,7 @@ def _recorded_in_sweep(folder: Path) -> tuple[list[str], list[str]]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such sweep directory. Sweeps lie in logs/sweeps/")
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        content: Any = OmegaConf.to_container(_load(path), resolve=False)
         of_hydra, recorded = (
             [str(o) for o in content["hydra"]["overrides"][kind]] for kind in ("hydra", "task")
         )
