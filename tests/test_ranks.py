@@ -89,3 +89,12 @@ def test_what_ranks_run_is_imported_early_where_they_are_sure(monkeypatch, overr
     assert starts_ranks(cfg) == starts
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun started them
     assert not starts_ranks(cfg)
+
+
+def test_ranks_are_spawned_where_no_socket_can_be_made(monkeypatch):
+    def fails():
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr(ranks.forkserver, "ensure_running", fails)
+    assert ranks.start_server() == "spawn"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()

@@ -74,10 +74,13 @@ class Case:
         code, status = 128 + self.signum, "interrupted"
         if killed:
             code, status = (1, "failed") if self.target == "rank" else (-9, "running")
-        return {
+        found = {
             "exit": code, "status": status, "told": 0 if killed else 1, "traceback": False,
-            "left": 0, "resumed_equal": True,
+            "left": 0, "temporary": 0, "resumed_equal": True,
         }  # fmt: skip
+        if killed and self.target != "rank":
+            del found["temporary"]  # nobody is there to remove it
+        return found
 
 
 def signal_cases() -> list[Case]:
@@ -104,7 +107,11 @@ def run_case(case: Case, folder: Path, resume: bool = True) -> dict[str, Any]:
     more = {"WHEN": case.when, "MARK": str(mark)}
     more["PAUSE"] = "6" if case.twice else str(PAUSES[case.when])
     arguments = [*arguments_of(case.ranks), f"num_workers={case.workers}"]
-    with (folder / f"{name}.log").open("w+") as said:
+    with (
+        (folder / f"{name}.log").open("w+") as said,
+        tempfile.TemporaryDirectory() as temporary,  # not in folder: the path of a socket is short
+    ):
+        more["TMPDIR"] = temporary
         process = subprocess.Popen(
             [sys.executable, str(folder / "entry.py"), *arguments, f"hydra.run.dir={run}"],
             env=environment() | more, stdout=said, stderr=said, cwd=folder, start_new_session=True,
@@ -123,6 +130,7 @@ def run_case(case: Case, folder: Path, resume: bool = True) -> dict[str, Any]:
         seconds = time.monotonic() - began
         wait_until(lambda: not any(map(alive, ranks)), 5)
         text = Path(said.name).read_text()
+        kept = [*Path(temporary).iterdir()]
     found: dict[str, Any] = {
         "exit": code,
         "seconds": round(seconds, 2),
@@ -130,6 +138,7 @@ def run_case(case: Case, folder: Path, resume: bool = True) -> dict[str, Any]:
         "told": text.count("To go on: python train.py resume="),
         "traceback": "Traceback" in text,
         "left": sum(map(alive, ranks)),
+        "temporary": len(kept),
     }
     if resume:
         whole = folder / f"whole-{case.ranks}"

@@ -75,6 +75,8 @@ def start_server() -> str:
         forkserver.set_forkserver_preload(["finetune.launch"])
         forkserver.ensure_running()
         return "forkserver"
+    except OSError:  # a TMPDIR that is too long for a socket, or cannot be written
+        return "spawn"
     finally:
         signals.unblock()
 

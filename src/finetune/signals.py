@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -60,6 +61,9 @@ def exit_now(code: int) -> NoReturn:
     """Exit with all that was said, but without taking torch down piece by piece, for seconds."""
     for worker in multiprocessing.active_children():
         worker.terminate()
+    folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined] # private
+    if folder and multiprocessing.parent_process() is None:  # a child's is its parent's
+        shutil.rmtree(folder, ignore_errors=True)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it, or it is closed
