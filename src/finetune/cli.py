@@ -102,7 +102,7 @@ def starts_ranks(cfg: DictConfig) -> bool:
     """Whether a job starts several ranks here, as far as it can be told without torch."""
     devices = OmegaConf.select(cfg, "trainer.devices")
     num = len(devices) if isinstance(devices, ListConfig) else devices
-    elsewhere = cfg.get("launcher") or os.environ.keys() & {"WORLD_SIZE", "SLURM_NTASKS"}
+    elsewhere = cfg.get("launcher") or ranks.started_outside() > 1
     return str(num).isdigit() and int(num) > 1 and not elsewhere
 
 

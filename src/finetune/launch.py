@@ -23,7 +23,7 @@ from finetune.errors import ConfigError, FinetuneError, Interrupted
 from finetune.fit import fit
 from finetune.lock import locked
 from finetune.machine import keep_freed_memory, num_threads
-from finetune.ranks import End, Rank, Ranks, die_with_launcher, start_server
+from finetune.ranks import End, Rank, Ranks, die_with_launcher, start_server, started_outside
 from finetune.record import Record, Status
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ MOST_SAID = 20_000  # characters: a pipe holds no more until it is read
 def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], why_model: str) -> None:
     """Run a job in this process, or in one process per device."""
     devices = num_devices(cfg)
-    outside = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    if outside > 1:  # torchrun or SLURM started the ranks already
+    outside = started_outside()
+    if outside > 1:
         if not any(o.startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra):
             raise ConfigError(
                 f"{outside} ranks were started from outside and must share a run directory; "

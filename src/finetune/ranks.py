@@ -59,6 +59,11 @@ class Rank:
         return End(self.number, "killed", said=how, error=how)
 
 
+def started_outside() -> int:
+    """How many ranks torchrun or SLURM started, this one among them; 1 where neither did."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
 def start_server() -> str:
     """Have a process import what ranks run, of which they are then forked: once, and not in each.
 
