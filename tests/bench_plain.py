@@ -40,13 +40,14 @@ def at_hand(
     batch: int,
     classes: int,
     freeze: int = 0,
-    fast: bool = False,
+    channels_last: bool = False,
+    bf16: bool = False,
     fused: bool = False,
     compiled: str | None = None,
 ) -> tuple[Callable[[], int], "FrozenClock"]:
     """Forward, backward and step on a batch that is there.
 
-    freeze: the first layers, and a clock for them. fast: bf16 and channels_last. fused: the
+    freeze: the first layers, and a clock for them. channels_last: its order in memory. fused: the
     optimizer steps in one kernel. compiled: the mode of torch.compile, None without.
     """
     torch.manual_seed(0)
@@ -56,7 +57,7 @@ def at_hand(
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
     net = get_model(model, num_classes=classes).to(device)
     clock = FrozenClock(net, freeze)
-    if fast:
+    if channels_last:
         net.to(memory_format=torch.channels_last)
     if compiled:
         net.compile(dynamic=False, mode=compiled)
@@ -67,7 +68,7 @@ def at_hand(
         optimizer.zero_grad()
         clock.start()
         pixels = (images.float() / 255 - mean) / std
-        with torch.autocast(device, torch.bfloat16) if fast else nullcontext():
+        with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
             loss = F.cross_entropy(net(pixels), labels)
         loss.backward()
         optimizer.step()
@@ -85,8 +86,8 @@ def limit(model: str, size: int, batch: int, classes: int, **more: Any) -> None:
 def frozen(
     model: str, size: int, batch: int, classes: int, layers: int, seconds: float
 ) -> dict[str, float]:
-    """The share of a step that its first layers take where they are frozen."""
-    step, clock = at_hand(model, size, batch, classes, freeze=layers)
+    """The share of a step that its first layers take where they are frozen, in ours' order."""
+    step, clock = at_hand(model, size, batch, classes, freeze=layers, channels_last=True)
     for _ in range(3):
         step()
     clock.seconds.clear()

@@ -79,13 +79,16 @@ def test_textbook_is_the_plainest():
     assert not off & values.keys()
 
 
-def test_hardware_decides_precision_and_memory_order():
+def test_hardware_decides_precision_in_auto_alone():
     assert chosen(recipes.auto, replace(PHOTOS, bf16=True))["trainer.precision"] == "bf16-mixed"
     assert chosen(recipes.textbook, replace(PHOTOS, bf16=True))["trainer.precision"] == "32-true"
+
+
+@pytest.mark.parametrize("recipe", [recipes.auto, recipes.textbook, recipes.bit, recipes.none])
+def test_every_recipe_takes_the_order_that_convolutions_are_fastest_in(recipe):
     small = replace(RESNET, num_parameters=300_000)
     for model in (RESNET, VIT, small, replace(RESNET, unordered=True)):
-        assert chosen(recipes.auto, PHOTOS, model).get("channels_last", False) == (model is RESNET)
-    assert chosen(recipes.textbook)["channels_last"] is False
+        assert chosen(recipe, PHOTOS, model).get("channels_last", False) == (model is RESNET)
 
 
 def test_a_network_of_ones_own_keeps_its_memory_order():

@@ -120,6 +120,18 @@ def row_of(model: ModelFacts) -> str:
     return f"pretrained {model.kind}" if model.pretrained else "network from scratch"
 
 
+def memory_order(model: ModelFacts) -> list[Choice]:
+    """Of every recipe: it changes how fast a network computes, not what.
+
+    Against PyTorch's own order, training on 2 cores (AVX-512), 32 to 96 pixels: resnet18 0.9 to
+    1.1, resnet50 1.0 to 1.3, densenet121 1.3, mobilenet_v3_small 1.7 to 2.2, vgg11 1.0.
+    """
+    ordered = model.kind == "transformer" or model.num_parameters < SMALL_NETWORK
+    if ordered or model.unordered:
+        return []
+    return [Choice("channels_last", True, "the order that convolutions are fastest in")]
+
+
 def auto(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
     """The right recipe without hand-tuning: a row by the network, a budget by the images."""
     if model is None:
@@ -157,8 +169,7 @@ def auto(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
                f"{'from' if many else 'only from'} {LARGE_DATA:,} images on: BiT-HyperRule"),
         Choice("trainer.gradient_clip_val", 1.0, "a step is never wild: big_vision, AutoGluon"),
     ]  # fmt: skip
-    if model.kind != "transformer" and name != "small network" and not model.unordered:
-        choices.append(Choice("channels_last", True, "the order that convolutions are fastest in"))
+    choices += memory_order(model)
     if data.bf16:
         why = "this GPU computes in it: half of the time and memory, with the range of 32 bits"
         choices.append(Choice("trainer.precision", "bf16-mixed", why))
@@ -223,6 +234,7 @@ def bit(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
         Choice("augment.margin", 1.25 if small_images else 512 / 480, area),
         Choice("mixup", 0.1 if num >= LARGE_DATA else None, images),
         Choice("head.init", "zero", "a zero head"),
+        *memory_order(model),
     ]
 
 
@@ -243,7 +255,7 @@ def none(data: DataFacts, model: ModelFacts | None) -> list[Choice]:
         Choice("augment", "light", why),
         Choice("trainer.accumulate_grad_batches", 1, why),
         Choice("trainer.precision", "32-true", why),
-        Choice("channels_last", False, why),
+        *memory_order(model),
         Choice("head.init", "random", why),
         Choice("epochs", epochs, f"10, or what {steps} steps need"),
     ]  # fmt: skip
