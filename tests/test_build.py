@@ -5,11 +5,14 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch.profilers import SimpleProfiler
 
 from conftest import SMALL, assert_same_end, facts_of, lose, plain
 from finetune import build, fit
+from finetune.callbacks.speed import Trace, Unprofiled
 from finetune.errors import ConfigError, TrainingError
 
+PROFILE = ("+trainer.profiler=pytorch",)
 RUN = (*SMALL, "checkpoint.every_n_steps=3", "logger=csv")
 
 
@@ -38,6 +41,18 @@ def test_the_optimizer_steps_in_one_kernel_unless_told_otherwise(said, fused):
     cfg = plain(*SMALL, *said)
     weights = [torch.nn.Parameter(torch.zeros(2))]
     assert bool(build.build_optimizer(cfg)(weights).defaults["fused"]) == fused
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [((), Unprofiled), (("+trainer.profiler=simple",), SimpleProfiler), (PROFILE, Unprofiled)],
+    ids=str,
+)
+def test_a_profiler_that_is_typed_stands_but_for_torchs_which_is_ours(said, kind, tmp_path):
+    budget = build.Budget(epochs=2, steps_per_epoch=3, max_steps=None)
+    trainer = build.build_trainer(plain(*SMALL, *said), tmp_path, budget, [], [])
+    assert type(trainer.profiler) is kind
+    assert any(isinstance(c, Trace) for c in trainer.callbacks) == (said == PROFILE)
 
 
 def test_on_a_gpu_evaluation_takes_larger_batches(monkeypatch):

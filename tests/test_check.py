@@ -188,7 +188,8 @@ def test_what_build_sets_itself_is_refused_and_our_key_named(group, key):
 
 def test_every_argument_that_build_passes_to_the_trainer_is_known(tmp_path):
     budget = build.Budget(epochs=2, steps_per_epoch=3, max_steps=None)
-    cfg = composed("++trainer._target_=builtins.dict", "trainer.accelerator=cpu")
+    typed = "+trainer.profiler=null"  # stands, but for what null and pytorch mean
+    cfg = composed("++trainer._target_=builtins.dict", "trainer.accelerator=cpu", typed)
     passed = build.build_trainer(cfg, tmp_path, budget, [], [])
     assert passed.keys() - cfg.trainer.keys() == PASSED_BY_BUILD["trainer"].keys()
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from finetune import features
 from finetune.backbones.base import Backbone
 from finetune.callbacks.checkpoints import WholeCheckpointIO
-from finetune.callbacks.speed import Trace
+from finetune.callbacks.speed import Trace, Unprofiled
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu, on_mps
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts
@@ -476,9 +476,10 @@ def build_trainer(
             "validated", interval, budget.batches_per_epoch,
         )  # fmt: skip
         interval = None
-    if cfg.trainer.get("profiler") == "pytorch":
-        # Lightning's own counts validation steps too, and torch refuses what comes of it
-        make_trainer = partial(make_trainer, profiler=None)
+    # Lightning's "pytorch" counts validation steps too, and torch refuses what comes of it
+    if (profiler := cfg.trainer.get("profiler")) in (None, "pytorch"):
+        make_trainer = partial(make_trainer, profiler=Unprofiled())
+    if profiler == "pytorch":
         callbacks = [*callbacks, Trace(run, skip=min(SKIPPED_BY_TRACE, budget.total_steps // 2))]
     try:
         return make_trainer(

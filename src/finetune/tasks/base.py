@@ -78,6 +78,14 @@ class Task(L.LightningModule):
         self._scales: list[float] = []  # lr_scale of each layer in that epoch
         self._frozen_for_now: list[nn.Parameter] = []
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes around each hook which it is, 50 times a step; nn.Module's way is to look
+        # for parameters, modules and buffers of that name first
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def lr_scale(self, layer: int, epoch: int) -> float:
         """The strategy's factor for a layer of this model."""
         return self.strategy_.lr_scale(layer, self.model.depth, epoch)
