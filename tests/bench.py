@@ -651,15 +651,14 @@ def extras(place: Place) -> Iterator[Row]:
     overrides = folder_of(place.small(), "resnet18", 32, batch)
     watched = [*overrides, f"checkpoint.every_n_steps={steps}"]
     on, off = [], []
-    for _ in range(2 * place.size.rounds - 1):  # anew: two that do the same are 2 % apart or more
-        found = place.in_turns(
-            {
-                "all of them": place.ours(*watched, terminal=True),
-                "none of them": place.bare(*overrides),
-            },
-            images=steps * batch,
-            rounds=1,
-        )
+    # anew: two that do the same are 2 % apart or more; and by turns the first, which is faster
+    for number in range(2 * place.size.rounds):
+        sides = {
+            "all of them": place.ours(*watched, terminal=True),
+            "none of them": place.bare(*overrides),
+        }
+        names = sorted(sides, reverse=number % 2 == 1)
+        found = place.in_turns({name: sides[name] for name in names}, steps * batch, rounds=1)
         on += found["all of them"]
         off += found["none of them"]
     yield Row(
