@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torchvision import models
 
 from conftest import SMALL, composed, facts_of
 from finetune import build, recipes, resolve
-from finetune.backbones.base import kind_of
+from finetune.backbones.base import kind_of, reordering_pays
 from finetune.backbones.tiny import tiny
 from finetune.overrides import CONF
 from finetune.recipes import DataFacts, ModelFacts
@@ -92,10 +94,23 @@ def test_every_recipe_takes_the_order_that_convolutions_are_fastest_in(recipe):
 
 
 def test_a_network_of_ones_own_keeps_its_memory_order():
-    for model, expected in ((["model=tiny", "model.weights=null"], False), (OWN, True)):
+    tiny_at_64 = ["model=tiny", "model.weights=null", "model.input_size=64"]
+    for model, expected in ((tiny_at_64, False), (OWN, True)):
         cfg = composed(*(o for o in SMALL if not o.startswith("model")), *model)
         facts = resolve.model_facts(cfg, build.build_model(cfg, ("a", "b")))
         assert facts.unordered == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "pays"),
+    [
+        ("resnet18", 32, False), ("resnet18", 64, True), ("vgg11", 32, False),
+        ("resnet50", 32, True), ("mobilenet_v3_small", 32, True),
+    ],
+)  # fmt: skip
+def test_on_a_cpu_small_images_under_wide_kernels_keep_their_order(name, size, pays):
+    with torch.device("meta"):
+        assert reordering_pays(models.get_model(name), size) == pays
 
 
 def test_auto_trains_longer_on_more_images():
@@ -191,8 +206,6 @@ def test_a_value_that_the_chosen_option_does_not_take_warns(caplog):
 
 
 def test_a_network_is_known_by_its_norm_and_its_attention():
-    from torchvision import models
-
     assert kind_of(tiny(weights=None).net) == "CNN with BatchNorm"
     assert kind_of(models.convnext_tiny()) == "CNN"
     assert kind_of(models.swin_t()) == "transformer"

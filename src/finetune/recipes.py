@@ -121,11 +121,7 @@ def row_of(model: ModelFacts) -> str:
 
 
 def memory_order(model: ModelFacts) -> list[Choice]:
-    """Of every recipe: it changes how fast a network computes, not what.
-
-    Against PyTorch's own order, training on 2 cores (AVX-512), 32 to 96 pixels: resnet18 0.9 to
-    1.1, resnet50 1.0 to 1.3, densenet121 1.3, mobilenet_v3_small 1.7 to 2.2, vgg11 1.0.
-    """
+    """Of every recipe: it changes how fast a network computes, not what."""
     ordered = model.kind == "transformer" or model.num_parameters < SMALL_NETWORK
     if ordered or model.unordered:
         return []

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import recipes
-from finetune.backbones.base import kind_of
+from finetune.backbones.base import kind_of, reordering_pays
 from finetune.check import is_sharded, on_gpu, on_mps
 from finetune.data.base import Splits
 from finetune.model import Classifier
@@ -42,16 +42,18 @@ def data_facts(cfg: DictConfig, splits: Splits, num_devices: int) -> DataFacts:
 
 def model_facts(cfg: DictConfig, model: Classifier) -> ModelFacts:
     """What a recipe must know of the model."""
+    net, size = model.backbone.net, model.input_spec.size
+    # a network of one's own may take its order for granted, as .view does
+    fixed = is_sharded(cfg) or on_mps(cfg) or class_name(cfg.model) == "module"
     return ModelFacts(
-        kind=kind_of(model.backbone.net),
+        kind=kind_of(net),
         pretrained="weights" not in cfg.model or cfg.model.weights is not None,
         num_parameters=model.backbone.num_parameters,
         linear_head=class_name(cfg.head) == "linear",
         probe=class_name(cfg.strategy) == "linearprobe",
         optimizer=class_name(cfg.optimizer),
         sharded=is_sharded(cfg),
-        # a network of one's own may take its order for granted, as .view does
-        unordered=is_sharded(cfg) or on_mps(cfg) or class_name(cfg.model) == "module",
+        unordered=fixed or not (on_gpu(cfg) or reordering_pays(net, size)),
     )
 
 

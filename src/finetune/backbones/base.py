@@ -14,6 +14,7 @@ from finetune.specs import InputSpec
 
 Kind = Literal["CNN with BatchNorm", "CNN", "transformer"]
 Recipe = dict[str, str | int | float | bool | None]
+SMALL_INPUT = 48  # pixels
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,15 @@ def kind_of(net: nn.Module) -> Kind:
         return "CNN with BatchNorm"
     names = (type(module).__name__.lower() for module in net.modules())
     return "transformer" if any("attention" in name for name in names) else "CNN"
+
+
+def reordering_pays(net: nn.Module, size: int) -> bool:
+    """Whether a CPU computes a network sooner in channels_last, on images of size x size.
+
+    Not where kernels of 3 x 3 and more see images a few pixels wide: resnet18 0.88 times as fast at
+    32 pixels, 1.05 at 48 to 64, 1.13 at 96; vgg11 0.99 at 32. resnet50 1.04 at 32, 1.28 at 96;
+    densenet121 1.3; mobilenet_v3_small 1.7 to 2.2. Trained in batches of 64 on 2 cores, AVX-512.
+    """
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    wide = [c for c in convolutions if c.groups == 1 and max(c.kernel_size) > 1]
+    return size >= SMALL_INPUT or 2 * len(wide) <= len(convolutions)
