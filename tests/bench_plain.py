@@ -21,6 +21,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.models import get_model
 
 from bench_turns import Teller
+from finetune.backbones.base import reordering_pays
 from finetune.layering import layer_modules
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,8 +48,9 @@ def at_hand(
 ) -> tuple[Callable[[], int], "FrozenClock"]:
     """Forward, backward and step on a batch that is there.
 
-    freeze: the first layers, and a clock for them. channels_last: its order in memory. fused: the
-    optimizer steps in one kernel. compiled: the mode of torch.compile, None without.
+    freeze: the first layers, and a clock for them. channels_last: in that order of memory, where
+    ours takes it. fused: the optimizer steps in one kernel. compiled: the mode of torch.compile,
+    None without.
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,7 +59,7 @@ def at_hand(
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
     net = get_model(model, num_classes=classes).to(device)
     clock = FrozenClock(net, freeze)
-    if channels_last:
+    if channels_last and (device == "cuda" or reordering_pays(net, size)):
         net.to(memory_format=torch.channels_last)
     if compiled:
         net.compile(dynamic=False, mode=compiled)
