@@ -52,7 +52,7 @@ EVALUATED_PER_TRAINED = 4  # images at once: without a backward pass nothing is 
 READ_A_PART = ("limit_train_batches", "overfit_batches", "fast_dev_run")
 SHARE_OF_DEVICE = 0.1  # of its memory, for training images, where nobody asks for it
 MOST_VALIDATIONS, LEAST_VALIDATIONS = 25, 5
-REDRAWN = 2  # times per second; Lightning draws 100 times, in a thread that others wait for
+REDRAWN = 1  # times per second; Lightning draws 100 times, in a thread that others wait for
 
 
 @dataclass(frozen=True)
