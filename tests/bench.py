@@ -657,8 +657,9 @@ def extras(place: Place) -> Iterator[Row]:
             "all of them": place.ours(*watched, terminal=True),
             "none of them": place.bare(*overrides),
         }
-        names = sorted(sides, reverse=number % 2 == 1)
-        found = place.in_turns({name: sides[name] for name in names}, steps * batch, rounds=1)
+        if number % 2:
+            sides = dict(reversed(sides.items()))
+        found = place.in_turns(sides, steps * batch, rounds=1)
         on += found["all of them"]
         off += found["none of them"]
     yield Row(

@@ -33,7 +33,6 @@ def test_twenty_steps_give_the_losses_of_the_textbook_loop(tmp_path):
         "data=fake", "data.num_classes=4", "data.num_images=80", "data.image_size=32",
         "model=resnet18", "model.weights=null", "model.input_size=32",
         "recipe=textbook", "batch_size=8", "epochs=4", "max_steps=20",
-        "channels_last=false",  # else convolutions sum in another order
         "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "logger=csv",
     )  # fmt: skip
     fit(cfg, tmp_path / "run", [], "as asked for")
