@@ -1,5 +1,7 @@
 """Batches as the training gets them."""
 
+from itertools import islice
+
 import pytest
 import torch
 
@@ -19,15 +21,16 @@ SPEC = InputSpec(8, 8)
 class Trainer:
     """What a DataModule asks a trainer for: where the training stands, and the ranks."""
 
-    def __init__(self, epoch=0, batch=0, rank=0, world_size=1):
+    def __init__(self, epoch=0, batch=0, rank=0, world_size=1, max_epochs=3):
         self.current_epoch, self.global_rank, self.world_size = epoch, rank, world_size
-        self.ready = batch
+        self.ready, self.max_epochs = batch, max_epochs
         self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
 
 
-def datamodule(num_workers=0, **stands):
+def datamodule(num_workers=0, read_on=False, **stands):
     splits = fake(num_classes=3, num_images=45, image_size=8)
-    module = DataModule(splits, strong(SPEC), evaluation(SPEC), 4, num_workers, seed=0)
+    more = {"seed": 0, "read_on": read_on}
+    module = DataModule(splits, strong(SPEC), evaluation(SPEC), 4, num_workers, **more)
     module.trainer = Trainer(**stands)
     return module
 
@@ -68,12 +71,27 @@ def test_an_epoch_taken_up_in_its_middle_has_the_same_images():
     assert equal(stacked(datamodule(epoch=1, batch=3).train_dataloader()), whole[3:])
 
 
-def test_persistent_workers_follow_the_epochs():
-    module = datamodule(num_workers=1)
+@pytest.mark.parametrize("read_on", [True, False])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("left", [None, 0, 1], ids=["whole", "the first left", "the second left"])
+def test_batches_follow_the_epochs(num_workers, left, read_on):
+    module = datamodule(num_workers, read_on)
     loader = module.train_dataloader()
     for epoch in range(3):
         module.trainer.current_epoch = epoch
-        assert equal(stacked(loader), stacked(datamodule(epoch=epoch).train_dataloader()))
+        most = 2 if epoch == left else None  # as trainer.limit_train_batches=2 has it
+        expected = stacked(datamodule(epoch=epoch).train_dataloader())[:most]
+        assert equal(stacked(islice(loader, most)), expected)
+
+
+@pytest.mark.parametrize(("max_epochs", "asked"), [(2, [0, 1]), (1, [0]), (-1, [0]), (None, [0])])
+def test_workers_read_on_over_the_end_of_an_epoch_but_the_last(monkeypatch, max_epochs, asked):
+    module = datamodule(num_workers=1, read_on=True, max_epochs=max_epochs)
+    loader, orders = module.train_dataloader(), []
+    order = loader.batch_sampler.order
+    monkeypatch.setattr(loader.batch_sampler, "order", lambda e: orders.append(e) or order(e))
+    stacked(loader)
+    assert orders == asked
 
 
 def test_where_the_training_stands_is_asked_at_the_first_batch():

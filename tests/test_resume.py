@@ -20,6 +20,7 @@ from conftest import (
 )
 from finetune import build, checkpoint, fit
 from finetune.data.digest import digest
+from finetune.datamodule import DataModule
 from finetune.tasks.classification import Classification
 
 # 15 steps, 5 of an epoch
@@ -87,6 +88,19 @@ def test_a_run_that_crashed_ends_with_the_same_bytes(command, tmp_path, at_step,
     assert resumed.code == 0, resumed.err
     assert "resuming from" in resumed.out
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_workers_that_read_on_change_nothing(command, tmp_path, at_step, monkeypatch, whole):
+    def as_on_a_gpu(*args, **kwargs):
+        return DataModule(*args, **{**kwargs, "read_on": True})
+
+    monkeypatch.setattr(build, "DataModule", as_on_a_gpu)
+    at_step(7, terminate)
+    arguments = [*RUN, "num_workers=2", "checkpoint.every_n_steps=3", "hydra.run.dir=run"]
+    assert command("train", *arguments).code == 143
+    resumed = command("train", "resume=run")
+    assert resumed.code == 0, resumed.err
+    assert_same_end(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("changes", [("patience=1", "epochs=6"), ("max_steps=8",)])

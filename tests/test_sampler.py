@@ -77,6 +77,15 @@ def test_an_epoch_taken_up_in_its_middle_goes_on_with_the_same_batches():
     assert {epoch for batch in whole for epoch, _ in batch} == {6}
 
 
+def test_the_batches_of_a_training_go_on_from_epoch_to_epoch():
+    def batches(epoch, first, num_epochs=0):
+        more = {"where": lambda: (epoch, first), "num_epochs": lambda: num_epochs}
+        return list(EpochBatches(22, 4, seed=1, shuffle=True, **more))
+
+    assert batches(1, 3, num_epochs=4) == batches(1, 3) + batches(2, 0) + batches(3, 0)
+    assert batches(5, 3, num_epochs=4) == batches(5, 3)  # a run that was ended, and goes on
+
+
 def test_where_to_start_is_asked_when_the_first_batch_is_drawn():
     at = [(0, 0)]
     batches = iter(EpochBatches(8, 4, shuffle=True, where=lambda: at[0]))

@@ -211,6 +211,7 @@ def build_datamodule(
         cache=cache,
         augmented=is_random(cfg),
         compiled=bool(cfg.get("compile")),
+        read_on=on_gpu(cfg),
     )
 
 

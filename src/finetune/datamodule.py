@@ -80,13 +80,37 @@ class LazyLoader(DataLoader[Sample | DataError]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
         self.prepare()
+        yield from self._awaited(super().__iter__())
+
+    def _awaited(self, batches: Iterator[Any]) -> Iterator[Batch]:
         began = time.perf_counter()
-        for batch in super().__iter__():
+        for batch in batches:
             self.waited += time.perf_counter() - began
             if isinstance(batch, DataError):
                 raise batch
             yield batch
             began = time.perf_counter()
+
+
+class TrainingLoader(LazyLoader):
+    """Reads on over the end of an epoch, as far as workers read ahead within one.
+
+    Else each epoch would begin with a wait until a worker has read a whole batch. Next to a network
+    on the CPU that wait is the better: workers then have all cores, and later it has them.
+    """
+
+    batch_sampler: EpochBatches  # through all epochs
+    _ahead: Iterator[Any] = iter(())
+    _next: tuple[int, int] | None = None  # epoch and batch that it gives next, where that is known
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+        self.prepare()
+        epoch, first = self.batch_sampler.where()
+        if (epoch, first) != self._next:
+            self._ahead = DataLoader.__iter__(self)
+        self._next = None  # unless the epoch is taken to its end
+        yield from self._awaited(islice(self._ahead, len(self) - first))
+        self._next = (epoch + 1, 0)
 
 
 class DeviceLoader:
@@ -169,7 +193,8 @@ class DataModule(L.LightningDataModule):
     balanced: training draws every class equally often, and rare images more than once an epoch.
     features: what stands in for images while layers are frozen; a batch then holds Activations in
     their place. cache: keeps images from one epoch to the next. augmented: whether the training
-    transform draws random numbers. compiled: what crops images on a GPU is compiled.
+    transform draws random numbers. compiled: what crops images on a GPU is compiled. read_on:
+    workers read on over the end of an epoch, where nothing else needs the cores.
     """
 
     def __init__(
@@ -186,9 +211,10 @@ class DataModule(L.LightningDataModule):
         cache: ImageCache | None = None,
         augmented: bool = True,
         compiled: bool = False,
+        read_on: bool = False,
     ) -> None:
         super().__init__()
-        self.compiled = compiled
+        self.compiled, self.read_on = compiled, read_on
         self.features, self.cache, self.augmented = features, cache, augmented
         self._resident: ResidentImages | None = None
         self._held: dict[str, Activations] = {}  # (views, N, ...) by split
@@ -387,7 +413,8 @@ class DataModule(L.LightningDataModule):
             )
         sampler = self._batches(images, shuffle, rank, world_size)
         keep = partial(self._kept, name, images, transform)
-        return self._of_batches(images, transform, sampler, True, self.num_workers, keep)
+        kind = TrainingLoader if shuffle and self.read_on else LazyLoader
+        return self._of_batches(images, transform, sampler, True, self.num_workers, keep, kind)
 
     def _kept(
         self, name: str, images: LabelledImages, transform: Transform
@@ -414,12 +441,13 @@ class DataModule(L.LightningDataModule):
         persistent: bool,
         num_workers: int,
         keep: Keep | None = None,
+        kind: type[LazyLoader] = LazyLoader,
     ) -> LazyLoader:
         options: dict[str, Any] = {}
         if num_workers > 0:
             options = {"persistent_workers": persistent, "worker_init_fn": leave_group}
             options["prefetch_factor"] = 4 if num_workers < 8 else 2  # held in shared memory
-        return LazyLoader(
+        return kind(
             TransformedImages(images, transform, self.seed, keep),
             batch_sampler=sampler,
             num_workers=num_workers,
@@ -440,6 +468,7 @@ class DataModule(L.LightningDataModule):
             world_size,
             self._where if shuffle else lambda: (0, 0),
             images.strata() if shuffle and self.balanced else None,
+            self._num_epochs if shuffle and self.read_on else lambda: 0,
         )
 
     def _where(self) -> tuple[int, int]:
@@ -447,3 +476,8 @@ class DataModule(L.LightningDataModule):
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         return self.trainer.current_epoch, progress.current.ready
+
+    def _num_epochs(self) -> int:
+        """Of the training; 0 where it has no end."""
+        assert self.trainer is not None
+        return max(0, self.trainer.max_epochs or 0)

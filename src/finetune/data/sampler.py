@@ -60,7 +60,8 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
     where: gives (epoch, first batch); asked when the first batch is drawn, since a resume sets the
     loop's counters later than it asks for the iterator. shuffle=False: in order, for evaluation.
     labels: given, every class is drawn equally often, as (epoch, position, place in the epoch):
-    an image that comes again in an epoch is augmented anew.
+    an image that comes again in an epoch is augmented anew. num_epochs: of the training, through
+    which the batches go on; fewer than begun: to the end of this epoch.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
         world_size: int = 1,
         where: Callable[[], tuple[int, int]] = lambda: (0, 0),
         labels: Sequence[int] | None = None,
+        num_epochs: Callable[[], int] = lambda: 0,
     ) -> None:
         # BatchNorm needs two images a rank to train on
         smallest = world_size * (2 if shuffle else 1)
@@ -81,6 +83,7 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
         self.num_images, self.seed, self.shuffle = num_images, seed, shuffle
         self.rank, self.world_size, self.where = rank, world_size, where
         self.labels = labels if shuffle else None
+        self.num_epochs = num_epochs
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -109,7 +112,9 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
         return [slice(start + self.rank, stop, self.world_size) for start, stop in self.bounds]
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        epoch, first = self.where()
-        order = self.order(epoch)
-        for places in self.places()[first:]:
-            yield self.drawn(epoch, order, places)
+        begun, first = self.where()
+        for epoch in range(begun, max(begun + 1, self.num_epochs())):
+            order = self.order(epoch)
+            for places in self.places()[first:]:
+                yield self.drawn(epoch, order, places)
+            first = 0
