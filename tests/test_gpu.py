@@ -80,10 +80,18 @@ def test_a_run_on_a_gpu_that_crashed_ends_with_the_same_bytes(command, tmp_path,
     arguments = [*ON_GPU, *RESIDENT, "trainer.precision=bf16-mixed", *more]
     assert command("train", *arguments, "hydra.run.dir=whole").code == 0
     at_step(30, lose)
-    assert command("train", *arguments, "checkpoint.every_n_steps=7", "hydra.run.dir=run").code == 1
+    lost = command("train", *arguments, "checkpoint.every_n_steps=7", "hydra.run.dir=run")
+    assert lost.code == 1
+    assert "the power is gone" in facts_of(tmp_path / "run")["error"], lost.err
     resumed = command("train", "resume=run")
     assert resumed.code == 0, resumed.err
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("default")
+def test_cuda_graphs_train_after_a_job_that_was_tested(command):
+    done = command("train", "-m", *ON_GPU, *RESIDENT, "compile=reduce-overhead", "seed=0,1")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.filterwarnings("default")

@@ -480,6 +480,10 @@ def build_trainer(
     # Lightning's "pytorch" counts validation steps too, and torch refuses what comes of it
     if (profiler := cfg.trainer.get("profiler")) in (None, "pytorch"):
         make_trainer = partial(make_trainer, profiler=Unprofiled())
+    if on_gpu(cfg) and isinstance(cfg.get("compile"), str):
+        # a test would leave inference tensors with CUDA graphs, into which no later training of the
+        # process can write: pytorch/pytorch#135892; a validation within a training leaves none
+        make_trainer = partial(make_trainer, inference_mode=False)
     if profiler == "pytorch":
         callbacks = [*callbacks, Trace(run, skip=min(SKIPPED_BY_TRACE, budget.total_steps // 2))]
     try:
