@@ -498,7 +498,7 @@ def test_a_run_tells_how_long_it_waits_for_data(train, monkeypatch):
         return read(images, where)
 
     monkeypatch.setattr(TransformedImages, "__getitem__", slowly)
-    facts = facts_of(train("epochs=1"))
+    facts = facts_of(train("epochs=1", "data.cache=none"))
     assert 0.3 < facts["data_wait"] < 1.0
     assert facts["verdict"].startswith("input-bound: ")
 

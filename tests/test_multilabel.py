@@ -167,7 +167,7 @@ def multilabel(tmp_path_factory):
     common = [o for o in SMALL if not o.startswith(("data", "epochs"))]
     return finish(
         folder / "run", *common, "data=csv", f"data.table={table}", "data.label_separator=;",
-        "task=multilabel", "epochs=4", "optimizer.lr=0.02", "logger=csv",
+        "task=multilabel", "epochs=4", "optimizer.lr=0.02", "logger=csv", "data.cache=ram",
     )  # fmt: skip
 
 

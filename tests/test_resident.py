@@ -1,10 +1,13 @@
 """Training images that live on the device: crops as the CPU's transform makes them."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
@@ -22,6 +25,8 @@ from test_cache import photos  # noqa: F401  a fixture
 from test_datamodule import Trainer, equal, stacked
 
 SPEC = InputSpec(8, 8)
+# SMALL, but for its data and how they are augmented
+TRAINED = [word for word in SMALL if not word.startswith(("data", "augment"))]
 BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
 
 
@@ -121,7 +126,7 @@ def test_images_of_several_sizes_cannot_be_cropped_there(photos):  # noqa: F811
 def test_crops_on_the_device_are_new_in_each_epoch_and_the_same_after_a_resume(
     monkeypatch, batches
 ):
-    monkeypatch.setattr(resident, "AT_ONCE", batches * 4 * 3 * 12**2)
+    monkeypatch.setattr(resident, "AT_ONCE_ON_CPU", batches * 4 * 3 * 12**2)
     splits = fake(3, 45, 12)
     first = stacked(datamodule(splits, "device").train_dataloader())
     assert (first[0][0].shape, first[0][0].dtype) == ((4, 3, 8, 8), torch.uint8)
@@ -147,8 +152,8 @@ def test_the_pictures_show_what_the_first_batch_on_the_device_holds():
     assert torch.equal(module.first_training_images(4), next(iter(module.train_dataloader()))[0])
 
 
-def chosen(*overrides):
-    cfg = plain(*SMALL, *overrides)
+def chosen(*overrides, data=SMALL[:4]):
+    cfg = plain(*data, *TRAINED, *overrides)
     splits = build.build_splits(cfg)
     budget = build.build_budget(cfg, len(splits.train), len(splits.val))
     return build.choose_cache(cfg, splits, SPEC, build.Plan(), budget)
@@ -170,6 +175,54 @@ def test_images_in_memory_live_on_a_gpu_with_room(monkeypatch, augment, total, k
     monkeypatch.setattr(build, "on_gpu", lambda cfg: True)
     monkeypatch.setattr(build, "device_memory", lambda cfg: (0, total))  # a resume finds the same
     assert chosen(f"augment={augment}").kind == kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ((), "device"),
+        (("data.image_size=64",), "device"),
+        (("data.image_size=65",), "none"),
+        (("augment=upright",), "device"),
+        (("augment=strong",), "none"),
+        (("augment=none",), "none"),
+        (("data.cache=none",), "none"),
+        (("+trainer.limit_train_batches=2",), "none"),
+        (("epochs=1",), "device"),  # a resume may ask for more
+        (("num_workers=2",), "device"),  # and for other workers
+    ],
+    ids=str,
+)
+def test_small_images_on_a_cpu_are_cropped_in_batches(changes, kind):
+    assert chosen("augment=light", *changes).kind == kind
+
+
+def write_squares(root, *sides):
+    """Images for training and for val, one of each size for each of two classes."""
+    for split, label in itertools.product(("train", "val"), ("a", "b")):
+        (root / split / label).mkdir(parents=True)
+        for number, side in enumerate(sides):
+            pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+            Image.fromarray(pixels).save(root / split / label / f"{number}.png")
+    return ["data=image_folder", f"data.root={root}"]
+
+
+@pytest.mark.parametrize(
+    ("sides", "kind"), [((12,) * 4, "device"), ((12, 12, 12, 13), "ram"), ((70,) * 4, "ram")]
+)
+def test_small_files_of_one_size_are_cropped_in_batches(tmp_path, sides, kind):
+    folder = write_squares(tmp_path / "squares", *sides)
+    assert chosen("augment=light", data=folder).kind == kind
+    assert chosen("augment=light", "trainer.devices=2", data=folder).kind == "none"
+
+
+def test_a_size_that_nobody_saw_before_sends_images_to_memory(command, tmp_path, monkeypatch):
+    data = write_squares(tmp_path / "squares", 12, 12, 12, 13)
+    arguments = [*data, *TRAINED, "augment=light", "logger=csv"]
+    in_memory = finish(tmp_path / "in memory", *arguments, "data.cache=ram")
+    monkeypatch.setattr(build, "sizes_of_some", lambda images: [(12, 12)])
+    run = finish(tmp_path / "run", *arguments)
+    assert_same_end(run, in_memory)
 
 
 def test_a_run_on_the_device_that_crashed_ends_with_the_same_bytes(command, tmp_path, at_step):

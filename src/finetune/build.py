@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,15 @@ from finetune.callbacks.speed import Trace, Unprofiled
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu, on_mps
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts
-from finetune.data.cache import Choice, ImageCache, Need, choose, decoded_bytes
-from finetune.data.resident import crops_of
+from finetune.data.cache import (
+    Choice,
+    ImageCache,
+    Need,
+    choose,
+    decoded_bytes,
+    sizes_of_some,
+)
+from finetune.data.resident import SMALL, crops_of
 from finetune.data.sampler import batch_bounds
 from finetune.data.scan import BadData
 from finetune.data.split import check_splits, cut_val, limit_train, select_classes, warn_of_doubles
@@ -239,16 +246,15 @@ def choose_cache(
         each = budget.batches_per_epoch / interval if interval else 1 / budget.validate_every
         val_reads = math.ceil(each * (budget.epochs_begun - plan.epochs))
         needs["val"] = Need(transformed * len(val), val_reads)
-    if asked == "device" or (asked == "auto" and in_memory and on_gpu(cfg)):
+    parts = [key for key in READ_A_PART if cfg.trainer.get(key)]
+    pays = in_memory if on_gpu(cfg) else not parts and crops_together(cfg, train, spec)
+    if asked == "device" or (asked == "auto" and pays):
         choice = choose_device(cfg, train, spec)
         if choice.kind == "device":
             others = choose("auto", needs, free_memory(), ranks_here(cfg))
-            splits_kept = ("train", *others.splits)
-            choice = replace(others, kind="device", splits=splits_kept, most=None)
-        return choice
+            return Choice("device", ("train", *others.splits), tentative=asked == "auto")
     if in_memory:
         return _no_effect(asked, "these images are in memory as they are")
-    parts = [key for key in READ_A_PART if cfg.trainer.get(key)]
     if asked == "auto" and (train_reads < 2 or parts):
         return Choice()
     num_bytes = decoded_bytes(train) if is_random(cfg) else transformed * len(train)
@@ -259,6 +265,15 @@ def choose_cache(
     if choice.why:
         log.info("images: those of train are decoded in every epoch: %s", choice.why)
     return choice
+
+
+def crops_together(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> bool:
+    """Whether a CPU crops these images sooner in whole batches: small ones, of one size."""
+    several_copies = ranks_here(cfg) > 1 and not isinstance(train.images, ImageArray)
+    if on_mps(cfg) or several_copies or not is_random(cfg) or spec.size > SMALL:
+        return False
+    sizes = {*sizes_of_some(train)}
+    return len(sizes) == 1 and max(*sizes.pop()) <= SMALL
 
 
 def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Choice:

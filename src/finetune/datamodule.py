@@ -116,25 +116,34 @@ class TrainingLoader(LazyLoader):
 class DeviceLoader:
     """The batches of a loader, cut from images that live on the device.
 
-    images: these, asked for before the first batch is drawn. labels: in the split's order.
+    images: these, asked for before the first batch is drawn; None: the loader's batches are those
+    to take. labels: in the split's order.
     """
 
     def __init__(
-        self, loader: LazyLoader, labels: Tensor, images: Callable[[], ResidentImages]
+        self, loader: LazyLoader, labels: Tensor, images: Callable[[], ResidentImages | None]
     ) -> None:
         self.loader, self.labels, self.images = loader, labels, images
         self.batch_sampler = loader.batch_sampler  # Lightning looks whether it shuffles
-        self.waited = 0.0  # seconds; they are there
 
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def waited(self) -> float:
+        """Seconds that were spent on images; on the device they are there."""
+        return self.loader.waited
+
     def prepare(self) -> None:
         """Bring the images to the device now."""
-        self.images()
+        if self.images() is None:
+            self.loader.prepare()
 
     def __iter__(self) -> Iterator[Batch]:
         images = self.images()
+        if images is None:
+            yield from self.loader
+            return
         device = images.pixels.device
         sampler: Any = self.batch_sampler
         epoch, first = sampler.where()
@@ -280,24 +289,28 @@ class DataModule(L.LightningDataModule):
         images = TransformedImages(self.splits.train, self.train_transform, self.seed)
         batches = self._batches(self.splits.train, shuffle=True)
         first = batches.drawn(0, batches.order(epoch=0), slice(most))
-        if self.on_device:
+        if self.on_device and (resident := self._resident_images()):
             positions, rows = (torch.tensor([where[n] for where in first]) for n in (1, -1))
-            return self._resident_images().batch(0, positions, rows, one_look=True)
+            return resident.batch(0, positions, rows, one_look=True)
         batch = collate([images[where] for where in first])
         if isinstance(batch, DataError):
             raise batch
         return batch[0]
 
-    def _resident_images(self) -> ResidentImages:
-        if self._resident is None:
+    def _resident_images(self) -> ResidentImages | None:
+        """None where they are of several sizes, which auto did not know; from then on in memory."""
+        if self._resident is None and self.on_device:
             assert self.cache is not None
             assert self.trainer is not None
             images = self.splits.train
             crops = crops_of(self.train_transform) if self.augmented else None
+            pixels: Tensor | None
             if crops and isinstance(images.images, ImageArray):
                 pixels = images.images.array[list(images.indices)]
             else:
                 pixels = self.cache.stacked(images, None if crops else self.train_transform)
+                if pixels is None:
+                    return None
             device = self.trainer.strategy.root_device
             self._resident = ResidentImages(
                 pixels.to(device), crops, self.seed, self.compiled and device.type == "cuda"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor
 
 from finetune.data.base import ImageFiles, LabelledImages
-from finetune.data.read import num_pixels
+from finetune.data.read import image_size
 from finetune.data.scan import alone
 from finetune.data.transforms import Transform
 from finetune.errors import ConfigError, DataError
@@ -57,13 +57,15 @@ class Choice:
     """Where images are kept, and of which splits. most: bytes of a split, where auto chose.
 
     kind: device: training images are there, other splits in memory. why: training images are
-    not kept, where something could be done about it.
+    not kept, where something could be done about it. tentative: they are kept in memory, should
+    they turn out to be of several sizes.
     """
 
     kind: Literal["ram", "disk", "device", "none"] = "none"
     splits: tuple[str, ...] = ()
     most: int | None = None
     why: str | None = None
+    tentative: bool = False
 
 
 def choose(asked: str, needs: Mapping[str, Need], memory: int | None, ranks: int) -> Choice:
@@ -108,21 +110,27 @@ def choose(asked: str, needs: Mapping[str, Need], memory: int | None, ranks: int
 
 def decoded_bytes(images: LabelledImages) -> int:
     """Bytes of all images of a split; where they are many, a guess from the sizes of some."""
-    count = min(len(images), SAMPLE)
-    chosen = np.linspace(0, len(images) - 1, count, dtype=int).tolist()
-    found = [size for position in chosen if (size := _decoded_bytes(images, position))]
+    found = sizes_of_some(images)
     if not found:  # what is wrong is told by name when they are read
         return 0
-    margin = 1.0 if count == len(images) else MARGIN
-    return int(margin * sum(found) / len(found) * len(images))
+    margin = 1.0 if len(images) <= SAMPLE else MARGIN
+    mean = sum(3 * height * width for height, width in found) / len(found)
+    return int(margin * mean * len(images))
 
 
-def _decoded_bytes(images: LabelledImages, position: int) -> int | None:
-    """None for an image that cannot be read."""
+def sizes_of_some(images: LabelledImages) -> list[tuple[int, int]]:
+    """Height and width of some images all over a split, those left out that cannot be read."""
+    chosen = np.linspace(0, len(images) - 1, min(len(images), SAMPLE), dtype=int).tolist()
+    return [size for position in chosen if (size := _size(images, position))]
+
+
+def _size(images: LabelledImages, position: int) -> tuple[int, int] | None:
     try:
         if isinstance(images.images, ImageFiles):
-            return 3 * num_pixels(images.images.paths[images.indices[position]])
-        return images[position][0].nbytes
+            width, height = image_size(images.images.paths[images.indices[position]])
+            return height, width
+        height, width = images[position][0].shape[-2:]
+        return height, width
     except DataError:
         return None
 
@@ -196,10 +204,16 @@ class ImageCache:
                 self._kept[name] = None
         return self._kept[name]
 
-    def stacked(self, images: LabelledImages, transform: Transform | None) -> Tensor:
-        """Training images of one size, uint8 (N, 3, H, W). ConfigError if they have several."""
+    def stacked(self, images: LabelledImages, transform: Transform | None) -> Tensor | None:
+        """Training images of one size, uint8 (N, 3, H, W).
+
+        If they have several, ConfigError; where the choice is tentative None, and get has them.
+        """
         kept = self._keep("train", images, transform)
         sizes = np.unique(kept.places[:, 2:4], axis=0).tolist()
+        if len(sizes) > 1 and self.choice.tentative:
+            self._kept["train"], self.choice = kept, replace(self.choice, kind="ram")
+            return None
         if len(sizes) > 1:
             raise ConfigError(
                 f"data.cache=device: augment= crops images of one size there, and these have "

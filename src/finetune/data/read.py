@@ -87,10 +87,10 @@ def check_image(path: Path, max_pixels: int) -> tuple[int, bytes]:
         return _decoded(data, max_pixels)[0].numel(), blake2b(data, digest_size=16).digest()
 
 
-def num_pixels(path: Path) -> int:
-    """Pixels of an image by its header, whatever their number. BadImage as read_image has it."""
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height by an image's header, however many pixels. BadImage as read_image has it."""
     with _told_of(path), _opened(path) as image:
-        return image.width * image.height
+        return image.size
 
 
 class _Unreadable(Exception):

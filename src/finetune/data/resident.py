@@ -11,7 +11,9 @@ from torchvision.transforms import InterpolationMode, v2
 from finetune.data.sampler import stable_hash
 from finetune.data.transforms import Flip, ResizedCrop, Transform
 
-AT_ONCE = 2**24  # values of the images that are cropped together, 64 MB
+AT_ONCE = 2**24  # values of the images that are cropped together on a GPU, 64 MB
+AT_ONCE_ON_CPU = 2**18  # what its caches hold
+SMALL = 64  # pixels a side, up to which a CPU crops whole batches sooner than image by image
 ATTEMPTS = 10  # as RandomResizedCrop: after them it takes what fits in the centre
 
 
@@ -143,7 +145,8 @@ class ResidentImages:
     def most_at_once(self) -> int:
         """Images that are cropped together: small ones of many batches, a GPU starts slowly."""
         side: int = max(*self.pixels.shape[2:], self.crops.size if self.crops else 1)
-        return AT_ONCE // (3 * side**2)
+        values = AT_ONCE_ON_CPU if self.pixels.device.type == "cpu" else AT_ONCE
+        return values // (3 * side**2)
 
     def batch(self, epoch: int, positions: Tensor, rows: Tensor, one_look: bool = False) -> Tensor:
         """uint8 (B, 3, S, S) of images at positions (B,), each cropped as its row (B,) is drawn.
