@@ -152,11 +152,11 @@ def test_the_pictures_show_what_the_first_batch_on_the_device_holds():
     assert torch.equal(module.first_training_images(4), next(iter(module.train_dataloader()))[0])
 
 
-def chosen(*overrides, data=SMALL[:4]):
+def chosen(*overrides, data=SMALL[:4], before=None):
     cfg = plain(*data, *TRAINED, *overrides)
     splits = build.build_splits(cfg)
     budget = build.build_budget(cfg, len(splits.train), len(splits.val))
-    return build.choose_cache(cfg, splits, SPEC, build.Plan(), budget)
+    return build.choose_cache(cfg, splits, SPEC, build.Plan(), budget, before)
 
 
 def test_what_cannot_live_on_the_device_is_refused(monkeypatch):
@@ -187,8 +187,6 @@ def test_images_in_memory_live_on_a_gpu_with_room(monkeypatch, augment, total, k
         (("augment=strong",), "none"),
         (("augment=none",), "none"),
         (("data.cache=none",), "none"),
-        (("+trainer.limit_train_batches=2",), "none"),
-        (("epochs=1",), "device"),  # a resume may ask for more
         (("num_workers=2",), "device"),  # and for other workers
     ],
     ids=str,
@@ -214,6 +212,32 @@ def test_small_files_of_one_size_are_cropped_in_batches(tmp_path, sides, kind):
     folder = write_squares(tmp_path / "squares", *sides)
     assert chosen("augment=light", data=folder).kind == kind
     assert chosen("augment=light", "trainer.devices=2", data=folder).kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "kind"),
+    [
+        (("epochs=1",), None, "none"),  # they are not read again
+        (("+trainer.limit_train_batches=2",), None, "none"),
+        (("epochs=2",), False, "ram"),  # of an earlier version, or begun for one epoch
+        (("epochs=1",), True, "device"),
+        (("data.cache=none",), True, "none"),  # which is refused later
+    ],
+    ids=str,
+)
+def test_a_resume_crops_files_where_the_run_did(tmp_path, changes, before, kind):
+    folder = write_squares(tmp_path / "squares", *(12,) * 4)
+    assert chosen("augment=light", *changes, data=folder, before=before).kind == kind
+
+
+def test_a_run_of_one_epoch_goes_on_for_more_without_other_crops(command, tmp_path):
+    arguments = [*write_squares(tmp_path / "squares", *(12,) * 8), *TRAINED, "augment=light"]
+    arguments += ["schedule=constant", "logger=csv"]
+    whole = finish(tmp_path / "whole", *arguments, "epochs=3", "data.cache=ram")
+    finish(tmp_path / "run", *arguments, "epochs=1")
+    done = command("train", "resume=run", "epochs=3")
+    assert done.code == 0, done.err
+    assert_same_end(tmp_path / "run", whole)
 
 
 def test_a_size_that_nobody_saw_before_sends_images_to_memory(command, tmp_path, monkeypatch):

@@ -193,17 +193,19 @@ def build_datamodule(
     model: Classifier,
     task: Task | None = None,
     budget: Budget | None = None,
+    was_on_device: bool | None = None,
 ) -> DataModule:
     """Splits as batches of what the model's weights expect.
 
     task: given, features stand in for images while its backbone is frozen. budget: given, it is
     trained: images that its epochs read again are kept, and activations stand in for images while
-    first layers are frozen.
+    first layers are frozen. was_on_device: as in choose_cache.
     """
     features = build_features(cfg, model, task, splits, trains=budget is not None)
     cache = None
     if budget is not None:
-        choice = choose_cache(cfg, splits, model.input_spec, features.plan, budget)
+        spec, plan = model.input_spec, features.plan
+        choice = choose_cache(cfg, splits, spec, plan, budget, was_on_device)
         cache = ImageCache(choice, cache_folder("images"))
     return DataModule(
         splits,
@@ -228,9 +230,17 @@ def is_random(cfg: DictConfig) -> bool:
 
 
 def choose_cache(
-    cfg: DictConfig, splits: Splits, spec: InputSpec, plan: Plan, budget: Budget
+    cfg: DictConfig,
+    splits: Splits,
+    spec: InputSpec,
+    plan: Plan,
+    budget: Budget,
+    was_on_device: bool | None = None,
 ) -> Choice:
-    """Where images are kept that the epochs of a run read again; told, where it is nowhere."""
+    """Where images are kept that the epochs of a run read again; told, where it is nowhere.
+
+    was_on_device: of a run that is resumed, whether training images lived there.
+    """
     asked = cfg.data.get("cache", "auto")
     if asked == "none":
         return Choice()
@@ -247,7 +257,12 @@ def choose_cache(
         val_reads = math.ceil(each * (budget.epochs_begun - plan.epochs))
         needs["val"] = Need(transformed * len(val), val_reads)
     parts = [key for key in READ_A_PART if cfg.trainer.get(key)]
-    pays = in_memory if on_gpu(cfg) else not parts and crops_together(cfg, train, spec)
+    again = train_reads > 1 and not parts
+    pays = was_on_device
+    if pays is None and on_gpu(cfg):
+        pays = in_memory
+    elif pays is None:
+        pays = (in_memory or again) and crops_together(cfg, train, spec)
     if asked == "device" or (asked == "auto" and pays):
         choice = choose_device(cfg, train, spec)
         if choice.kind == "device":
@@ -255,7 +270,7 @@ def choose_cache(
             return Choice("device", ("train", *others.splits), tentative=asked == "auto")
     if in_memory:
         return _no_effect(asked, "these images are in memory as they are")
-    if asked == "auto" and (train_reads < 2 or parts):
+    if asked == "auto" and not again:
         return Choice()
     num_bytes = decoded_bytes(train) if is_random(cfg) else transformed * len(train)
     needs = {"train": Need(num_bytes, train_reads), **needs}

@@ -301,7 +301,9 @@ def prepare(cfg: DictConfig, why_model: str, run: Path) -> Parts:
         "%d steps: %d epochs of %d, validated every %s",
         budget.total_steps, budget.epochs, budget.steps_per_epoch, every,
     )  # fmt: skip
-    datamodule = build.build_datamodule(cfg, splits, model, task, budget)
+    # what was taken then, now that it may have more epochs, or the machine less memory
+    then = Record.read(run).facts.get("images_on_device") if cfg.resume else None
+    datamodule = build.build_datamodule(cfg, splits, model, task, budget, then)
     build.tell_of_features(cfg, datamodule.plan)
     build.tell_of_cores(cfg, datamodule.num_workers)
     return Parts(cfg, choices, splits, budget, task, datamodule)
