@@ -85,7 +85,12 @@ def test_the_kept_head_is_as_right_as_its_author_made_it(cifar10, tmp_path, monk
                  f"data.root={cifar10}")  # fmt: skip
     monkeypatch.setattr(
         "sys.argv",
-        ["evaluate", f"run={run}", "target=test_stranger.ResNet20", "trainer.accelerator=cpu"],
+        [
+            "evaluate",
+            f"run={run}",
+            "model.target=test_stranger.ResNet20",
+            "trainer.accelerator=cpu",
+        ],
     )
     cli.jobs_done.clear()
     with pytest.raises(SystemExit) as stop:
