@@ -240,6 +240,14 @@ def test_a_run_of_one_epoch_goes_on_for_more_without_other_crops(command, tmp_pa
     assert_same_end(tmp_path / "run", whole)
 
 
+def test_a_resume_without_the_device_that_auto_took_is_refused(command, tmp_path):
+    finish(tmp_path / "run", *SMALL, "augment=light", "schedule=constant")
+    refused = command("train", "resume=run", "epochs=3", "data.cache=none")
+    assert refused.code == 1
+    said = "training images on the device then, in files or memory now (leave it out)"
+    assert f"data.cache: {said}" in refused.err
+
+
 def test_a_size_that_nobody_saw_before_sends_images_to_memory(command, tmp_path, monkeypatch):
     data = write_squares(tmp_path / "squares", 12, 12, 12, 13)
     arguments = [*data, *TRAINED, "augment=light", "logger=csv"]

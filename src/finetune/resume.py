@@ -138,7 +138,7 @@ def refuse_other_data(recorded: Mapping[str, Any], now: Mapping[str, Any], run: 
     on_device = recorded.get("images_on_device", now["images_on_device"])
     if on_device != now["images_on_device"]:  # its crops are other ones
         then, here = ("on the device", "in files or memory")[:: 1 if on_device else -1]
-        changed.append(f"data.cache: training images {then} then, {here} now")
+        changed.append(f"data.cache: training images {then} then, {here} now (leave it out)")
     ranks = recorded.get("world_size", now["world_size"])
     if ranks != now["world_size"]:
         changed.append(f"trainer.devices: {ranks} devices then, {now['world_size']} now")
