@@ -222,6 +222,7 @@ def test_small_files_of_one_size_are_cropped_in_batches(tmp_path, sides, kind):
         (("epochs=2",), False, "ram"),  # of an earlier version, or begun for one epoch
         (("epochs=1",), True, "device"),
         (("data.cache=none",), True, "none"),  # which is refused later
+        (("trainer.devices=2",), True, "none"),  # and this
     ],
     ids=str,
 )

@@ -304,6 +304,8 @@ def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Ch
         )
     in_memory = isinstance(train.images, ImageArray)
     if not in_memory and ranks_here(cfg) > 1:
+        if asked == "auto":  # a resume on more devices, which is refused by their number
+            return Choice()
         raise ConfigError(
             f"data.cache=device: {ranks_here(cfg)} devices would decode all images each; type "
             "data.cache=disk"
