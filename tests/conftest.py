@@ -201,7 +201,7 @@ def trained(tmp_path_factory):
     root = write_photos(folder / "photos")
     arguments = [o for o in SMALL if not o.startswith(("data", "epochs"))]
     arguments += ["data=image_folder", f"data.root={root}", "epochs=3", "logger=csv"]
-    return finish(folder / "run", *arguments)
+    return finish(folder / "run", *arguments, "data.cache=ram")
 
 
 @pytest.fixture

@@ -26,15 +26,8 @@ from finetune.callbacks.speed import Trace, Unprofiled
 from finetune.check import COMMON_DATA_KEYS, is_sharded, normal_devices, on_gpu, on_mps
 from finetune.data import transforms
 from finetune.data.base import ImageArray, LabelledImages, Splits, label_counts
-from finetune.data.cache import (
-    Choice,
-    ImageCache,
-    Need,
-    choose,
-    decoded_bytes,
-    sizes_of_some,
-)
-from finetune.data.resident import SMALL, crops_of
+from finetune.data.cache import Choice, ImageCache, Need, choose, decoded_bytes, sizes_of_some
+from finetune.data.resident import SMALL_IMAGE, crops_of
 from finetune.data.sampler import batch_bounds
 from finetune.data.scan import BadData
 from finetune.data.split import check_splits, cut_val, limit_train, select_classes, warn_of_doubles
@@ -168,13 +161,18 @@ def use_device(cfg: DictConfig, model: Classifier) -> None:
         torch._dynamo.config.recompile_limit = 16 * (model.depth + 2)
         mode = None if cfg.compile is True else cfg.compile
         batches, devices = cfg.trainer.accumulate_grad_batches, num_devices(cfg)
-        if mode and on_gpu(cfg) and (batches > 1 or devices > 1):
+        if has_cuda_graphs(cfg) and (batches > 1 or devices > 1):
             raise ConfigError(
                 f"compile={mode}: its CUDA graphs write each step's gradients to the same place, "
                 f"for one device and trainer.accumulate_grad_batches=1; this run has {devices} and "
                 f"{batches}. Type compile=true"
             )
         model.compile(dynamic=False, mode=mode)
+
+
+def has_cuda_graphs(cfg: DictConfig) -> bool:
+    """Whether compile= names a mode that records them, and there is a GPU for it."""
+    return on_gpu(cfg) and isinstance(cfg.get("compile"), str)
 
 
 def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:
@@ -256,8 +254,7 @@ def choose_cache(
         each = budget.batches_per_epoch / interval if interval else 1 / budget.validate_every
         val_reads = math.ceil(each * (budget.epochs_begun - plan.epochs))
         needs["val"] = Need(transformed * len(val), val_reads)
-    parts = [key for key in READ_A_PART if cfg.trainer.get(key)]
-    again = train_reads > 1 and not parts
+    again = train_reads > 1 and not any(cfg.trainer.get(key) for key in READ_A_PART)
     pays = was_on_device
     if pays is None and on_gpu(cfg):
         pays = in_memory
@@ -284,11 +281,10 @@ def choose_cache(
 
 def crops_together(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> bool:
     """Whether a CPU crops these images sooner in whole batches: small ones, of one size."""
-    several_copies = ranks_here(cfg) > 1 and not isinstance(train.images, ImageArray)
-    if on_mps(cfg) or several_copies or not is_random(cfg) or spec.size > SMALL:
+    if on_mps(cfg) or not is_random(cfg) or spec.size > SMALL_IMAGE:
         return False
     sizes = {*sizes_of_some(train)}
-    return len(sizes) == 1 and max(*sizes.pop()) <= SMALL
+    return len(sizes) == 1 and max(*sizes.pop()) <= SMALL_IMAGE
 
 
 def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Choice:
@@ -304,7 +300,7 @@ def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Ch
         )
     in_memory = isinstance(train.images, ImageArray)
     if not in_memory and ranks_here(cfg) > 1:
-        if asked == "auto":  # a resume on more devices, which is refused by their number
+        if asked == "auto":
             return Choice()
         raise ConfigError(
             f"data.cache=device: {ranks_here(cfg)} devices would decode all images each; type "
@@ -512,7 +508,7 @@ def build_trainer(
     # Lightning's "pytorch" counts validation steps too, and torch refuses what comes of it
     if (profiler := cfg.trainer.get("profiler")) in (None, "pytorch"):
         make_trainer = partial(make_trainer, profiler=Unprofiled())
-    if on_gpu(cfg) and isinstance(cfg.get("compile"), str):
+    if has_cuda_graphs(cfg):
         # a test would leave inference tensors with CUDA graphs, into which no later training of the
         # process can write: pytorch/pytorch#135892; a validation within a training leaves none
         make_trainer = partial(make_trainer, inference_mode=False)

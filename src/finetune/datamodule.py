@@ -289,7 +289,7 @@ class DataModule(L.LightningDataModule):
         images = TransformedImages(self.splits.train, self.train_transform, self.seed)
         batches = self._batches(self.splits.train, shuffle=True)
         first = batches.drawn(0, batches.order(epoch=0), slice(most))
-        if self.on_device and (resident := self._resident_images()):
+        if resident := self._resident_images():
             positions, rows = (torch.tensor([where[n] for where in first]) for n in (1, -1))
             return resident.batch(0, positions, rows, one_look=True)
         batch = collate([images[where] for where in first])
@@ -298,7 +298,7 @@ class DataModule(L.LightningDataModule):
         return batch[0]
 
     def _resident_images(self) -> ResidentImages | None:
-        """None where they are of several sizes, which auto did not know; from then on in memory."""
+        """None where they do not live there, or are of several sizes, which auto did not know."""
         if self._resident is None and self.on_device:
             assert self.cache is not None
             assert self.trainer is not None
@@ -426,7 +426,9 @@ class DataModule(L.LightningDataModule):
             )
         sampler = self._batches(images, shuffle, rank, world_size)
         keep = partial(self._kept, name, images, transform)
-        kind = TrainingLoader if shuffle and self.read_on else LazyLoader
+        kind = LazyLoader
+        if shuffle and self.read_on:
+            kind, sampler.num_epochs = TrainingLoader, self._num_epochs
         return self._of_batches(images, transform, sampler, True, self.num_workers, keep, kind)
 
     def _kept(
@@ -481,7 +483,6 @@ class DataModule(L.LightningDataModule):
             world_size,
             self._where if shuffle else lambda: (0, 0),
             images.strata() if shuffle and self.balanced else None,
-            self._num_epochs if shuffle and self.read_on else lambda: 0,
         )
 
     def _where(self) -> tuple[int, int]:
@@ -491,6 +492,6 @@ class DataModule(L.LightningDataModule):
         return self.trainer.current_epoch, progress.current.ready
 
     def _num_epochs(self) -> int:
-        """Of the training; 0 where it has no end."""
+        """Of the training; none where it has no end."""
         assert self.trainer is not None
-        return max(0, self.trainer.max_epochs or 0)
+        return self.trainer.max_epochs or 0

@@ -127,8 +127,7 @@ def sizes_of_some(images: LabelledImages) -> list[tuple[int, int]]:
 def _size(images: LabelledImages, position: int) -> tuple[int, int] | None:
     try:
         if isinstance(images.images, ImageFiles):
-            width, height = image_size(images.images.paths[images.indices[position]])
-            return height, width
+            return image_size(images.images.paths[images.indices[position]])
         height, width = images[position][0].shape[-2:]
         return height, width
     except DataError:

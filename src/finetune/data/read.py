@@ -88,9 +88,9 @@ def check_image(path: Path, max_pixels: int) -> tuple[int, bytes]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height by an image's header, however many pixels. BadImage as read_image has it."""
+    """Height and width by an image's header, however many pixels. BadImage as read_image has it."""
     with _told_of(path), _opened(path) as image:
-        return image.size
+        return image.height, image.width
 
 
 class _Unreadable(Exception):

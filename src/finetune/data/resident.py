@@ -13,7 +13,7 @@ from finetune.data.transforms import Flip, ResizedCrop, Transform
 
 AT_ONCE = 2**24  # values of the images that are cropped together on a GPU, 64 MB
 AT_ONCE_ON_CPU = 2**18  # what its caches hold
-SMALL = 64  # pixels a side, up to which a CPU crops whole batches sooner than image by image
+SMALL_IMAGE = 64  # pixels a side, up to which a CPU crops whole batches sooner than image by image
 ATTEMPTS = 10  # as RandomResizedCrop: after them it takes what fits in the centre
 
 
