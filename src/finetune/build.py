@@ -161,18 +161,14 @@ def use_device(cfg: DictConfig, model: Classifier) -> None:
         torch._dynamo.config.recompile_limit = 16 * (model.depth + 2)
         mode = None if cfg.compile is True else cfg.compile
         batches, devices = cfg.trainer.accumulate_grad_batches, num_devices(cfg)
-        if has_cuda_graphs(cfg) and (batches > 1 or devices > 1):
+        has_cuda_graphs = mode is not None and on_gpu(cfg)
+        if has_cuda_graphs and (batches > 1 or devices > 1):
             raise ConfigError(
                 f"compile={mode}: its CUDA graphs write each step's gradients to the same place, "
                 f"for one device and trainer.accumulate_grad_batches=1; this run has {devices} and "
                 f"{batches}. Type compile=true"
             )
         model.compile(dynamic=False, mode=mode)
-
-
-def has_cuda_graphs(cfg: DictConfig) -> bool:
-    """Whether compile= names a mode that records them, and there is a GPU for it."""
-    return on_gpu(cfg) and isinstance(cfg.get("compile"), str)
 
 
 def build_backbone(cfg: DictConfig, weights: bool = True) -> Backbone:
@@ -508,9 +504,9 @@ def build_trainer(
     # Lightning's "pytorch" counts validation steps too, and torch refuses what comes of it
     if (profiler := cfg.trainer.get("profiler")) in (None, "pytorch"):
         make_trainer = partial(make_trainer, profiler=Unprofiled())
-    if has_cuda_graphs(cfg):
-        # a test would leave inference tensors with CUDA graphs, into which no later training of the
-        # process can write: pytorch/pytorch#135892; a validation within a training leaves none
+    if cfg.get("compile"):
+        # for inference mode a test would compile the network once more; and leave inference tensors
+        # with CUDA graphs, into which no later training can write: pytorch/pytorch#135892
         make_trainer = partial(make_trainer, inference_mode=False)
     if profiler == "pytorch":
         callbacks = [*callbacks, Trace(run, skip=min(SKIPPED_BY_TRACE, budget.total_steps // 2))]
