@@ -2,13 +2,14 @@
 
 from itertools import islice
 
+import lightning as L
 import pytest
 import torch
 
 from conftest import composed
 from finetune import build, recipes, resolve
 from finetune.data.fake import fake
-from finetune.data.sampler import epoch_order
+from finetune.data.sampler import EpochBatches, epoch_order
 from finetune.data.transforms import evaluation, strong
 from finetune.datamodule import DataModule, collate
 from finetune.errors import DataError
@@ -16,6 +17,7 @@ from finetune.recipes import DataFacts, ModelFacts
 from finetune.specs import InputSpec
 
 SPEC = InputSpec(8, 8)
+QUIET = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
 
 class Trainer:
@@ -84,7 +86,7 @@ def test_batches_follow_the_epochs(num_workers, left, read_on):
         assert equal(stacked(islice(loader, most)), expected)
 
 
-@pytest.mark.parametrize(("max_epochs", "asked"), [(2, [0, 1]), (1, [0]), (-1, [0]), (None, [0])])
+@pytest.mark.parametrize(("max_epochs", "asked"), [(2, [0, 1]), (1, [0])])
 def test_workers_read_on_over_the_end_of_an_epoch_but_the_last(monkeypatch, max_epochs, asked):
     module = datamodule(num_workers=1, read_on=True, max_epochs=max_epochs)
     loader, orders = module.train_dataloader(), []
@@ -92,6 +94,43 @@ def test_workers_read_on_over_the_end_of_an_epoch_but_the_last(monkeypatch, max_
     monkeypatch.setattr(loader.batch_sampler, "order", lambda e: orders.append(e) or order(e))
     stacked(loader)
     assert orders == asked
+
+
+class Sees(L.LightningModule):
+    """Keeps its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.weight = [], torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch)
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight])
+
+
+@pytest.mark.parametrize("most", [None, 3], ids=["whole", "cut short"])
+def test_workers_read_on_when_lightning_asks_for_no_more_than_an_epoch(monkeypatch, most):
+    orders, order = [], EpochBatches.order
+
+    def noted(self, epoch):
+        orders.extend([epoch] * self.shuffle)
+        return order(self, epoch)
+
+    monkeypatch.setattr(EpochBatches, "order", noted)
+    sees = Sees()
+    trainer = L.Trainer(
+        "cpu", max_epochs=3, limit_train_batches=most, **dict.fromkeys(QUIET, False)
+    )
+    trainer.fit(sees, datamodule=datamodule(num_workers=1, read_on=True))
+    assert orders == [0, 1, 2]  # none of them twice
+    epochs = [stacked(datamodule(epoch=epoch).train_dataloader())[:most] for epoch in range(3)]
+    assert equal(sees.seen, [batch for epoch in epochs for batch in epoch])
 
 
 def test_where_the_training_stands_is_asked_at_the_first_batch():

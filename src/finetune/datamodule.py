@@ -108,9 +108,12 @@ class TrainingLoader(LazyLoader):
         epoch, first = self.batch_sampler.where()
         if (epoch, first) != self._next:
             self._ahead = DataLoader.__iter__(self)
-        self._next = None  # unless the epoch is taken to its end
-        yield from self._awaited(islice(self._ahead, len(self) - first))
-        self._next = (epoch + 1, 0)
+        self._next = None  # unless the epoch is taken to its last batch, behind which nobody asks
+        left = len(self) - first
+        for taken, batch in enumerate(self._awaited(islice(self._ahead, left)), 1):
+            if taken == left:
+                self._next = (epoch + 1, 0)
+            yield batch
 
 
 class DeviceLoader:
@@ -492,6 +495,7 @@ class DataModule(L.LightningDataModule):
         return self.trainer.current_epoch, progress.current.ready
 
     def _num_epochs(self) -> int:
-        """Of the training; none where it has no end."""
+        """Of the training."""
         assert self.trainer is not None
-        return self.trainer.max_epochs or 0
+        assert self.trainer.max_epochs is not None
+        return self.trainer.max_epochs
