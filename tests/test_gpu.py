@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 
 from conftest import SMALL, assert_same_end, facts_of, lose, metrics_of, series
 from finetune import build
-from finetune.data.resident import resized
+from finetune.data.resident import KERNELS, resized
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def test_a_crop_on_a_gpu_is_that_on_the_cpu(interpolation):
     flips = torch.rand(64, generator=generator) < 0.5
     torch.set_float32_matmul_precision("high")  # as build_trainer does
     ours, theirs = (
-        resized(images.to(d), corners.to(d), flips.to(d), 24, interpolation).cpu().int()
+        resized(images.to(d), corners.to(d), flips.to(d), 24, KERNELS[interpolation]).cpu().int()
         for d in ("cuda", "cpu")
     )
     torch.set_float32_matmul_precision("highest")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from finetune.data import resident, transforms
 from finetune.data.cache import Choice, ImageCache
 from finetune.data.fake import fake
 from finetune.data.image_folder import image_folder
-from finetune.data.resident import crops_of, draw, resized
+from finetune.data.resident import KERNELS, ResidentImages, crops_of, draw, resized
 from finetune.datamodule import DataModule
 from finetune.errors import ConfigError
 from finetune.specs import InputSpec
@@ -45,11 +46,24 @@ def noise(*shape):
 def test_a_crop_on_the_device_is_that_of_torchvision(box, size, flip, interpolation):
     images = noise(2, 3, 20, 30)
     boxes, flips = torch.tensor([box, (0, 0, 20, 30)]), torch.tensor([flip, False])
-    ours = resized(images, boxes, flips, size, interpolation)[0]
+    ours = resized(images, boxes, flips, size, KERNELS[interpolation])[0]
     theirs = F.resized_crop(images[0], *box, [size, size], interpolation, antialias=True)
     theirs = F.horizontal_flip(theirs) if flip else theirs
     # torch's kernels on a CPU round their weights to 16 bits
     assert (ours.int() - theirs.int()).abs().max() <= (1 if interpolation == BILINEAR else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_crops_of_one_process_keep_to_their_own_kernel():
+    pixels, all_of_them = noise(4, 3, 12, 12), torch.arange(4)
+    for interpolation in (BILINEAR, BICUBIC, BILINEAR):
+        crops = crops_of(transforms.light(InputSpec(8, 8, interpolation=interpolation)))
+        eager, compiled = (
+            ResidentImages(pixels, crops, 0, how).batch(0, all_of_them, all_of_them).int()
+            for how in (False, True)
+        )
+        assert (eager - compiled).abs().max() <= 1
 
 
 def test_crops_are_distributed_as_those_of_torchvision():

@@ -11,6 +11,8 @@ from torchvision.transforms import InterpolationMode, v2
 from finetune.data.sampler import stable_hash
 from finetune.data.transforms import Flip, ResizedCrop, Transform
 
+Kernel = Callable[[Tensor], Tensor]
+
 AT_ONCE = 2**24  # values of the images that are cropped together on a GPU, 64 MB
 AT_ONCE_ON_CPU = 2**18  # what its caches hold
 SMALL_IMAGE = 64  # pixels a side, up to which a CPU crops whole batches sooner than image by image
@@ -19,13 +21,16 @@ ATTEMPTS = 10  # as RandomResizedCrop: after them it takes what fits in the cent
 
 @dataclass(frozen=True)
 class Crops:
-    """Crops of random area and shape, resized to a square. flip: probability of a mirror image."""
+    """Crops of random area and shape, resized to a square. flip: probability of a mirror image.
+
+    kernel: how much a pixel counts by its distance.
+    """
 
     size: int
     scale: tuple[float, float]
     ratio: tuple[float, float]
     flip: float
-    interpolation: InterpolationMode
+    kernel: Kernel
 
 
 def crops_of(transform: Transform) -> Crops | None:
@@ -40,8 +45,8 @@ def crops_of(transform: Transform) -> Crops | None:
         return None
     (least, most), (narrow, wide) = crop.scale, crop.ratio
     flip = float(parts[1].p) if len(parts) > 1 else 0.0
-    mode = InterpolationMode(crop.interpolation)
-    return Crops(crop.size[0], (least, most), (narrow, wide), flip, mode)
+    kernel = KERNELS[crop.interpolation]
+    return Crops(crop.size[0], (least, most), (narrow, wide), flip, kernel)
 
 
 def draw(
@@ -82,7 +87,7 @@ def _cubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-KERNELS: Mapping[InterpolationMode, Callable[[Tensor], Tensor]] = {
+KERNELS: Mapping[InterpolationMode, Kernel] = {
     InterpolationMode.BILINEAR: _triangle,
     InterpolationMode.BICUBIC: _cubic,
 }
@@ -93,7 +98,7 @@ def weights(
     length: Tensor,
     total: int,
     size: int,
-    kernel: Callable[[Tensor], Tensor],
+    kernel: Kernel,
     flips: Tensor | None = None,
 ) -> Tensor:
     """What each pixel of a line gives to each of a resized part of it, (B, size, total).
@@ -114,11 +119,12 @@ def weights(
     return given / given.sum(-1, keepdim=True)
 
 
-def resized(
-    images: Tensor, boxes: Tensor, flips: Tensor, size: int, interpolation: InterpolationMode
-) -> Tensor:
-    """A box of each image (B, C, H, W), mirrored or not, as uint8 (B, C, size, size)."""
-    kernel = KERNELS[interpolation]
+def resized(images: Tensor, boxes: Tensor, flips: Tensor, size: int, kernel: Kernel) -> Tensor:
+    """A box of each image (B, C, H, W), mirrored or not, as uint8 (B, C, size, size).
+
+    Compiled, it is compiled for each kernel: of what is looked up by a name, torch 2.14 would take
+    the first for all names.
+    """
     top, left, height, width = boxes.unbind(1)
     rows = weights(top, height, images.shape[2], size, kernel)
     columns = weights(left, width, images.shape[3], size, kernel, flips)
@@ -157,7 +163,7 @@ class ResidentImages:
         if self.crops is not None:
             self._draw(epoch)
             boxes, flips = self._boxes[rows], self._flips[rows]
-            images = crop(images, boxes, flips, self.crops.size, self.crops.interpolation)
+            images = crop(images, boxes, flips, self.crops.size, self.crops.kernel)
         return images.expand(-1, 3, -1, -1).contiguous()
 
     def _draw(self, epoch: int) -> None:
