@@ -503,6 +503,22 @@ def test_a_run_tells_how_long_it_waits_for_data(train, monkeypatch):
     assert facts["verdict"].startswith("input-bound: ")
 
 
+@pytest.mark.parametrize("end", ["on_validation_start", "on_train_epoch_end"])
+def test_steps_that_a_gpu_still_computes_count_before_the_clock_stops(monkeypatch, end):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.1))
+    trainer = SimpleNamespace(
+        world_size=1, global_step=0, log_every_n_steps=50, train_dataloader=None
+    )
+    task, throughput = SimpleNamespace(device=torch.device("cuda")), Throughput()
+    throughput.on_train_epoch_start(trainer, task)
+    for _ in range(Throughput.SKIP + 5):
+        throughput.on_train_batch_end(trainer, task, None, (None, [0] * 10), 0)
+    getattr(throughput, end)(trainer, task)
+    getattr(throughput, end)(trainer, task)  # it stands by now
+    assert throughput.images == 50
+    assert 0.1 < throughput.seconds < 0.2
+
+
 def test_a_profiled_run_leaves_a_trace_that_a_browser_opens(train):
     run = train("trainer=profile", "epochs=2")
     (trace,) = (run / "profile").glob("*.pt.trace.json")

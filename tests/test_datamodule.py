@@ -29,9 +29,9 @@ class Trainer:
         self.fit_loop = self.epoch_loop = self.batch_progress = self.current = self
 
 
-def datamodule(num_workers=0, read_on=False, **stands):
+def datamodule(num_workers=0, for_gpu=False, **stands):
     splits = fake(num_classes=3, num_images=45, image_size=8)
-    more = {"seed": 0, "read_on": read_on}
+    more = {"seed": 0, "for_gpu": for_gpu}
     module = DataModule(splits, strong(SPEC), evaluation(SPEC), 4, num_workers, **more)
     module.trainer = Trainer(**stands)
     return module
@@ -73,11 +73,11 @@ def test_an_epoch_taken_up_in_its_middle_has_the_same_images():
     assert equal(stacked(datamodule(epoch=1, batch=3).train_dataloader()), whole[3:])
 
 
-@pytest.mark.parametrize("read_on", [True, False])
+@pytest.mark.parametrize("for_gpu", [True, False])
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 @pytest.mark.parametrize("left", [None, 0, 1], ids=["whole", "the first left", "the second left"])
-def test_batches_follow_the_epochs(num_workers, left, read_on):
-    module = datamodule(num_workers, read_on)
+def test_batches_follow_the_epochs(num_workers, left, for_gpu):
+    module = datamodule(num_workers, for_gpu)
     loader = module.train_dataloader()
     for epoch in range(3):
         module.trainer.current_epoch = epoch
@@ -88,7 +88,7 @@ def test_batches_follow_the_epochs(num_workers, left, read_on):
 
 @pytest.mark.parametrize(("max_epochs", "asked"), [(2, [0, 1]), (1, [0])])
 def test_workers_read_on_over_the_end_of_an_epoch_but_the_last(monkeypatch, max_epochs, asked):
-    module = datamodule(num_workers=1, read_on=True, max_epochs=max_epochs)
+    module = datamodule(num_workers=1, for_gpu=True, max_epochs=max_epochs)
     loader, orders = module.train_dataloader(), []
     order = loader.batch_sampler.order
     monkeypatch.setattr(loader.batch_sampler, "order", lambda e: orders.append(e) or order(e))
@@ -127,7 +127,7 @@ def test_workers_read_on_when_lightning_asks_for_no_more_than_an_epoch(monkeypat
     trainer = L.Trainer(
         "cpu", max_epochs=3, limit_train_batches=most, **dict.fromkeys(QUIET, False)
     )
-    trainer.fit(sees, datamodule=datamodule(num_workers=1, read_on=True))
+    trainer.fit(sees, datamodule=datamodule(num_workers=1, for_gpu=True))
     assert orders == [0, 1, 2]  # none of them twice
     epochs = [stacked(datamodule(epoch=epoch).train_dataloader())[:most] for epoch in range(3)]
     assert equal(sees.seen, [batch for epoch in epochs for batch in epoch])

@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,11 +174,27 @@ def chosen(*overrides, data=SMALL[:4], before=None):
     return build.choose_cache(cfg, splits, SPEC, build.Plan(), budget, before)
 
 
+def test_a_cpu_that_crops_batches_says_how_long_the_network_waits(monkeypatch):
+    batch = ResidentImages.batch
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.02)
+        return batch(*args, **kwargs)
+
+    monkeypatch.setattr(ResidentImages, "batch", slowly)
+    loader = datamodule(fake(3, 45, 12), "device").train_dataloader()
+    stacked(loader)
+    assert loader.waited >= 0.02
+
+
 def test_what_cannot_live_on_the_device_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"augment=strong is not computed on the device"):
         chosen("data.cache=device", "augment=strong")
     monkeypatch.setattr(build, "free_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"take about 3\.46 kB, and 1 kB of the device are free"):
+        chosen("data.cache=device", "augment=light")
+    monkeypatch.setattr(build, "free_memory", lambda: 5000)
+    with pytest.raises(ConfigError, match=r"twice as much memory, and 5 kB of it are free"):
         chosen("data.cache=device", "augment=light")
 
 
@@ -270,6 +287,7 @@ def test_a_size_that_nobody_saw_before_sends_images_to_memory(command, tmp_path,
     monkeypatch.setattr(build, "sizes_of_some", lambda images: [(12, 12)])
     run = finish(tmp_path / "run", *arguments)
     assert_same_end(run, in_memory)
+    assert facts_of(run)["images_on_device"] is False
 
 
 def test_a_run_on_the_device_that_crashed_ends_with_the_same_bytes(command, tmp_path, at_step):

@@ -92,7 +92,7 @@ def test_a_run_that_crashed_ends_with_the_same_bytes(command, tmp_path, at_step,
 
 def test_workers_that_read_on_change_nothing(command, tmp_path, at_step, monkeypatch, whole):
     def as_on_a_gpu(*args, **kwargs):
-        return DataModule(*args, **{**kwargs, "read_on": True})
+        return DataModule(*args, **{**kwargs, "for_gpu": True})
 
     monkeypatch.setattr(build, "DataModule", as_on_a_gpu)
     at_step(7, terminate)

@@ -3,9 +3,11 @@
 import functools
 import shutil
 import signal
+import time
 
 import pytest
 
+import finetune
 from conftest import SMALL, assert_same_end, facts_of
 from finetune.callbacks.checkpoints import StepCheckpoints
 
@@ -28,6 +30,14 @@ def whole(sweep, tmp_path):
 def files_of(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+def test_the_first_step_of_a_job_is_counted_from_its_own_start(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "started", time.time() - 1000)
+    assert sweep("-m", *SMALL, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
+    first, second = (facts_of(tmp_path / "sweep" / job) for job in "01")
+    assert first["time_to_first_step"] > 1000
+    assert second["time_to_first_step"] < second["seconds"] + 60
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(sweep, tmp_path, whole, monkeypatch):

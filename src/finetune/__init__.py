@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from finetune.restore import load as load
 
-STARTED = time.time()  # of the process, as near as a package can tell; for time_to_first_step
+started = time.time()  # the process, as near as a package can tell, or its job of a sweep
 
 
 __all__ = ["load"]

@@ -214,7 +214,7 @@ def build_datamodule(
         cache=cache,
         augmented=is_random(cfg),
         compiled=bool(cfg.get("compile")),
-        read_on=on_gpu(cfg),
+        for_gpu=on_gpu(cfg),
     )
 
 
@@ -316,6 +316,12 @@ def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Ch
             f"data.cache=device: the images take about {readable(num_bytes)}, and "
             f"{readable(free)} of the device are free; type data.cache=none"
         )
+    here = free_memory()
+    if here is not None and 2 * num_bytes > here:
+        raise ConfigError(
+            f"data.cache=device: the images take about {readable(num_bytes)}, on their way there "
+            f"twice as much memory, and {readable(here)} of it are free; type data.cache=none"
+        )
     return Choice("device", ("train",))
 
 
@@ -323,7 +329,8 @@ def device_memory(cfg: DictConfig) -> tuple[int | None, int | None]:
     """Free and total bytes of this rank's device; None where that cannot be told."""
     if not on_gpu(cfg):
         return free_memory(), total_memory()
-    devices, rank = normal_devices(cfg.trainer.devices), int(os.environ.get("LOCAL_RANK", "0"))
+    devices = normal_devices(cfg.trainer.devices)
+    rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     return torch.cuda.mem_get_info(devices[rank] if isinstance(devices, list) else rank)
 
 

@@ -64,23 +64,13 @@ class TransformedImages(Dataset[Sample | DataError]):
         return seeded(self.transform, image, stable_hash(self.seed, *where)), label
 
 
-class LazyLoader(DataLoader[Sample | DataError]):
-    """A DataLoader that asks its sampler when the first batch is drawn, not at iter().
+class Awaited:
+    """What gives batches and counts how long they are waited for.
 
-    Lightning calls iter() before the epoch's counters are set, and workers prefetch at once.
     waited: seconds, so far, until a batch that was asked for was there.
     """
 
-    dataset: TransformedImages
     waited = 0.0
-
-    def prepare(self) -> None:
-        """Read all images now, if they are to be kept."""
-        self.dataset.prepare()
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
-        self.prepare()
-        yield from self._awaited(super().__iter__())
 
     def _awaited(self, batches: Iterator[Any]) -> Iterator[Batch]:
         began = time.perf_counter()
@@ -90,6 +80,23 @@ class LazyLoader(DataLoader[Sample | DataError]):
                 raise batch
             yield batch
             began = time.perf_counter()
+
+
+class LazyLoader(Awaited, DataLoader[Sample | DataError]):
+    """A DataLoader that asks its sampler when the first batch is drawn, not at iter().
+
+    Lightning calls iter() before the epoch's counters are set, and workers prefetch at once.
+    """
+
+    dataset: TransformedImages
+
+    def prepare(self) -> None:
+        """Read all images now, if they are to be kept."""
+        self.dataset.prepare()
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+        self.prepare()
+        yield from self._awaited(DataLoader.__iter__(self))
 
 
 class TrainingLoader(LazyLoader):
@@ -116,7 +123,7 @@ class TrainingLoader(LazyLoader):
             yield batch
 
 
-class DeviceLoader:
+class DeviceLoader(Awaited):
     """The batches of a loader, cut from images that live on the device.
 
     images: these, asked for before the first batch is drawn; None: the loader's batches are those
@@ -132,11 +139,6 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    @property
-    def waited(self) -> float:
-        """Seconds that were spent on images; on the device they are there."""
-        return self.loader.waited
-
     def prepare(self) -> None:
         """Bring the images to the device now."""
         if self.images() is None:
@@ -144,9 +146,9 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         images = self.images()
-        if images is None:
-            yield from self.loader
-            return
+        yield from self._awaited(iter(self.loader) if images is None else self._cut(images))
+
+    def _cut(self, images: ResidentImages) -> Iterator[Batch]:
         device = images.pixels.device
         sampler: Any = self.batch_sampler
         epoch, first = sampler.where()
@@ -205,8 +207,8 @@ class DataModule(L.LightningDataModule):
     balanced: training draws every class equally often, and rare images more than once an epoch.
     features: what stands in for images while layers are frozen; a batch then holds Activations in
     their place. cache: keeps images from one epoch to the next. augmented: whether the training
-    transform draws random numbers. compiled: what crops images on a GPU is compiled. read_on:
-    workers read on over the end of an epoch, where nothing else needs the cores.
+    transform draws random numbers. compiled: what crops images on a GPU is compiled. for_gpu:
+    nothing but reading needs the cores; workers read on over the end of an epoch.
     """
 
     def __init__(
@@ -223,10 +225,10 @@ class DataModule(L.LightningDataModule):
         cache: ImageCache | None = None,
         augmented: bool = True,
         compiled: bool = False,
-        read_on: bool = False,
+        for_gpu: bool = False,
     ) -> None:
         super().__init__()
-        self.compiled, self.read_on = compiled, read_on
+        self.compiled, self.for_gpu = compiled, for_gpu
         self.features, self.cache, self.augmented = features, cache, augmented
         self._resident: ResidentImages | None = None
         self._held: dict[str, Activations] = {}  # (views, N, ...) by split
@@ -430,7 +432,7 @@ class DataModule(L.LightningDataModule):
         sampler = self._batches(images, shuffle, rank, world_size)
         keep = partial(self._kept, name, images, transform)
         kind = LazyLoader
-        if shuffle and self.read_on:
+        if shuffle and self.for_gpu:
             kind, sampler.num_epochs = TrainingLoader, self._num_epochs
         return self._of_batches(images, transform, sampler, True, self.num_workers, keep, kind)
 
@@ -470,7 +472,7 @@ class DataModule(L.LightningDataModule):
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.for_gpu and torch.cuda.is_available(),
             **options,
         )
 

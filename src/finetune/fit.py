@@ -110,6 +110,7 @@ def fit(
             raise
         finally:
             end_wandb()
+            finetune.started = time.time()  # the next job of a sweep
 
 
 def how_it_ended(error: BaseException) -> dict[str, Any]:
@@ -228,11 +229,12 @@ def train_and_test(
             | {"path": str(best.path.relative_to(run))},
             val=results.val,
             test=results.test,
+            images_on_device=parts.datamodule.on_device,  # auto may have found several sizes
             **{f"per_class_{results.per_class_metric}": per_class},
             images_per_second=throughput.images_per_second,
             **waiting(throughput, cfg, parts.datamodule),
             seconds=time.time() - began,
-            time_to_first_step=first_step and first_step - finetune.STARTED,
+            time_to_first_step=first_step and first_step - finetune.started,
         )
         record.update(status="finished")  # last: all before can be repeated
         splits = {"val": results.val} | ({"test": results.test} if results.test else {})

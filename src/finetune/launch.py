@@ -22,7 +22,7 @@ from finetune.build import num_devices
 from finetune.errors import ConfigError, FinetuneError, Interrupted
 from finetune.fit import fit
 from finetune.lock import locked
-from finetune.machine import keep_freed_memory, num_threads
+from finetune.machine import keep_freed_memory, num_threads, process_rank
 from finetune.ranks import End, Rank, Ranks, die_with_launcher, start_server, started_outside
 from finetune.record import Record, Status
 
@@ -41,7 +41,7 @@ def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], why_model: str
                 f"{outside} ranks were started from outside and must share a run directory; "
                 "type hydra.run.dir=logs/NAME"
             )
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        rank = process_rank()
         if rank > 0:
             logging.getLogger().setLevel(logging.ERROR)  # one rank tells what all of them do
         fit(cfg, run_dir, overrides, why_model, rank)

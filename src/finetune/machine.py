@@ -22,6 +22,11 @@ def usable_cores(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     return cores if limit is None else max(1, min(cores, math.floor(limit)))
 
 
+def process_rank() -> int:
+    """Which rank of a run this is, as torchrun, SLURM or the launcher number them."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def num_threads(processes: int = 1) -> int:
     """Threads that compute in each of so many processes; what OMP_NUM_THREADS asks for stands.
 

@@ -3,7 +3,6 @@
 import difflib
 import functools
 import itertools
-import os
 import re
 import string
 from argparse import Namespace
@@ -26,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune.errors import CheckpointError, ConfigError
+from finetune.machine import process_rank
 from finetune.record import Record, has_record, taken
 from finetune.typed import quoted, shown, to_type
 
@@ -703,7 +703,7 @@ def _refuse_taken(jobs: Sequence[DictConfig], multirun: bool) -> None:
     """
     if any("resume" not in job or job.resume is not None for job in jobs):
         return  # it writes no run directory, or goes on in its own
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:
+    if process_rank() > 0:
         return  # the first rank, which torchrun or SLURM started with this one, may be there
     found: set[Path] = set()
     for number, job in enumerate(jobs):

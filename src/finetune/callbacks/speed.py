@@ -67,6 +67,18 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Stop the clock."""
+        self._stop(pl_module.device)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Stop the clock, if no validation did."""
+        self._stop(pl_module.device)
+
+    def _stop(self, device: torch.device) -> None:
+        """Once a GPU has done the steps that were asked of it: they are counted."""
+        if self._last is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+            if self.steps > self.SKIP:
+                self.seconds += time.perf_counter() - self._last
         self._last = None
 
 

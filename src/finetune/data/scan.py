@@ -30,7 +30,7 @@ from finetune.data.paths import printable
 from finetune.data.read import IMAGE_SUFFIXES, LARGE, BadImage, check_image
 from finetune.errors import DataError
 from finetune.files import cache_folder, remove_oldest, write_whole
-from finetune.machine import usable_cores
+from finetune.machine import process_rank, usable_cores
 
 try:
     import fcntl
@@ -184,8 +184,7 @@ class Scan(AbstractContextManager["Scan"]):
     def __enter__(self) -> "Scan":
         self._open.enter_context(alone(self.cache.with_suffix(".lock"), _OTHERS_SCAN))
         self._earlier, written_at = self._load()
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        if rank > 0 and written_at >= _STARTED:  # the first rank has just done it
+        if process_rank() > 0 and written_at >= _STARTED:  # the first rank has just done it
             self._rescan = False
         return self
 

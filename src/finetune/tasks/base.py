@@ -261,8 +261,8 @@ class Point:
     def __init__(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         self.step = step
         self._values = {
-            name: value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in values.items()
+            name: v.to("cpu", non_blocking=v.is_cuda) if isinstance(v, Tensor) else v
+            for name, v in values.items()
         }
         self._there = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if self._there:
