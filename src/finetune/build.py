@@ -511,10 +511,6 @@ def build_trainer(
     # Lightning's "pytorch" counts validation steps too, and torch refuses what comes of it
     if (profiler := cfg.trainer.get("profiler")) in (None, "pytorch"):
         make_trainer = partial(make_trainer, profiler=Unprofiled())
-    if cfg.get("compile"):
-        # for inference mode a test would compile the network once more; and leave inference tensors
-        # with CUDA graphs, into which no later training can write: pytorch/pytorch#135892
-        make_trainer = partial(make_trainer, inference_mode=False)
     if profiler == "pytorch":
         callbacks = [*callbacks, Trace(run, skip=min(SKIPPED_BY_TRACE, budget.total_steps // 2))]
     try:

@@ -49,7 +49,6 @@ def evaluate(cfg: DictConfig) -> None:
         "trainer.devices": 1,
         "trainer.precision": cfg.trainer.precision or recorded.get("trainer", {}).get("precision"),
         "channels_last": recorded.get("channels_last"),
-        "compile": False,  # one pass takes less
     }
     run_cfg = compose_run(run, overrides_of(typed))
     resolve.fill_plainly(run_cfg)  # nothing is trained

@@ -37,6 +37,7 @@ def measure(
     cfg = cfg.copy()
     if is_sharded(cfg):
         cfg.trainer.strategy = "ddp"  # without a backward pass there is nothing to save by parts
+    cfg.compile = False  # one pass takes less
     cfg.trainer.profiler = cfg.trainer.val_check_interval = None  # those are of the training
     build.use_device(cfg, model)
     budget = build.build_budget(cfg, len(splits.train))

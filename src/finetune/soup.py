@@ -129,7 +129,6 @@ def typed(cfg: DictConfig) -> list[str]:
         "trainer.accelerator": cfg.trainer.accelerator,
         "trainer.devices": 1,
         "trainer.precision": cfg.trainer.precision,
-        "compile": False,  # a pass takes less
     }
     return overrides_of(values)
 
