@@ -231,9 +231,9 @@ Side = Callable[[], Training]
 class Place:
     """A folder for all that is made, and the processes that measure."""
 
-    def __init__(self, folder: Path, size: Size) -> None:
-        self.folder, self.size = folder, size
-        self.cores, self.on_gpu = usable_cores(), False
+    def __init__(self, folder: Path, size: Size, on_gpu: bool = False) -> None:
+        self.folder, self.size, self.on_gpu = folder, size, on_gpu
+        self.cores = usable_cores()
         self._count = 0
 
     def new(self, name: str) -> Path:
@@ -741,9 +741,9 @@ class GpuCase:
 
 def gpu(place: Place) -> Iterator[Row]:
     """Rows 13 and 14: the same next to a batch that is on the device, compiled alike."""
-    place.on_gpu = True
     # steps that one has asked for are computed in the turn of the other
-    place.size = replace(place.size, turn=3 * place.size.turn)
+    place = Place(place.new("gpu"), replace(place.size, turn=3 * place.size.turn), on_gpu=True)
+    place.folder.mkdir()
     name = place.call("bench_plain", "device")["gpu"]
     graphs = "compile=reduce-overhead"
     fast = ("trainer.precision=bf16-mixed", graphs)
@@ -786,7 +786,8 @@ def gpu(place: Place) -> Iterator[Row]:
         if name is None:
             yield from (case.row([], "no GPU here") for case in cases)
             continue
-        sides = {"limit": place.limit(model, size, batch, channels_last=True, **more)}
+        more |= {"channels_last": True, "fused": True}
+        sides = {"limit": place.limit(model, size, batch, **more)}
         common = (*EVERYTHING, "augment=light", f"model={model}", "model.weights=null")
         for case in cases:
             sides[case.work] = place.ours(*common, f"batch_size={batch}", *case.overrides())

@@ -61,17 +61,20 @@ def at_hand(
     clock = FrozenClock(net, freeze)
     if channels_last and (device == "cuda" or reordering_pays(net, size)):
         net.to(memory_format=torch.channels_last)
+
+    def logits() -> Tensor:
+        return net((images.float() / 255 - mean) / std)
+
     if compiled:
-        net.compile(dynamic=False, mode=compiled)
+        logits = torch.compile(logits, dynamic=False, mode=compiled)
     trains = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trains, LR, MOMENTUM, fused=fused)
 
     def step() -> int:
         optimizer.zero_grad()
         clock.start()
-        pixels = (images.float() / 255 - mean) / std
         with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
-            loss = F.cross_entropy(net(pixels), labels)
+            loss = F.cross_entropy(logits(), labels)
         loss.backward()
         optimizer.step()
         return batch
