@@ -61,7 +61,11 @@ class TransformedImages(Dataset[Sample | DataError]):
             image, label = self.images[where[1]]
         except DataError as error:
             return error  # raised in a worker it would become a traceback
-        return seeded(self.transform, image, stable_hash(self.seed, *where)), label
+        return seeded(self.transform, image, self.seed_of(where)), label
+
+    def seed_of(self, where: tuple[int, ...]) -> int:
+        """What an image is augmented by, whatever computes it."""
+        return stable_hash(self.seed, *where)
 
 
 class Awaited:
@@ -134,7 +138,7 @@ class DeviceLoader(Awaited):
         self, loader: LazyLoader, labels: Tensor, images: Callable[[], ResidentImages | None]
     ) -> None:
         self.loader, self.labels, self.images = loader, labels, images
-        self.batch_sampler = loader.batch_sampler  # Lightning looks whether it shuffles
+        self.batch_sampler: Any = loader.batch_sampler  # Lightning looks whether it shuffles
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -150,20 +154,22 @@ class DeviceLoader(Awaited):
 
     def _cut(self, images: ResidentImages) -> Iterator[Batch]:
         device = images.pixels.device
-        sampler: Any = self.batch_sampler
+        sampler = self.batch_sampler
         epoch, first = sampler.where()
+        wheres = sampler.drawn(epoch, sampler.order(epoch), slice(None)) if images.crops else ()
         # once an epoch: whatever is brought to a GPU is waited for
         order = sampler.order_on(epoch, device)
+        drawn = images.drawn([self.loader.dataset.seed_of(where) for where in wheres])
         labels = self.labels.to(device)[order]
         places = torch.arange(len(order), device=device)
-        rows = order if sampler.labels is None else places  # drawn twice, it is cropped anew
         batches = sampler.places()
         together = max(1, images.most_at_once // sampler.batch_size)
         # a resume crops together what the other run did: sums round by how many they are of
         for start in range(first - first % together, len(batches), together):
             several = [places[batch] for batch in batches[start : start + together]]
             chosen, sizes = torch.cat(several), [len(batch) for batch in several]
-            pixels = images.batch(epoch, order[chosen], rows[chosen])
+            theirs = drawn and (drawn[0][chosen], drawn[1][chosen])
+            pixels = images.batch(order[chosen], theirs)
             pairs = zip(pixels.split(sizes), labels[chosen].split(sizes), strict=True)
             yield from islice(pairs, max(0, first - start), None)
 
@@ -295,8 +301,9 @@ class DataModule(L.LightningDataModule):
         batches = self._batches(self.splits.train, shuffle=True)
         first = batches.drawn(0, batches.order(epoch=0), slice(most))
         if resident := self._resident_images():
-            positions, rows = (torch.tensor([where[n] for where in first]) for n in (1, -1))
-            return resident.batch(0, positions, rows, one_look=True)
+            positions = torch.tensor([position for _, position, *_ in first])
+            drawn = resident.drawn([images.seed_of(where) for where in first])
+            return resident.batch(positions, drawn, one_look=True)
         batch = collate([images[where] for where in first])
         if isinstance(batch, DataError):
             raise batch
@@ -318,7 +325,7 @@ class DataModule(L.LightningDataModule):
                     return None
             device = self.trainer.strategy.root_device
             self._resident = ResidentImages(
-                pixels.to(device), crops, self.seed, self.compiled and device.type == "cuda"
+                pixels.to(device), crops, self.compiled and device.type == "cuda"
             )
             log.info(
                 "images: %s of train live on %s, %s (data.cache=)",

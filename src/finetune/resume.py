@@ -52,7 +52,7 @@ def refuse_changes(recorded: Mapping[str, Any], config: Any, run: Path) -> None:
         and not resolve.is_open(key, now, chosen)
         and (
             not any(key == name or key.startswith(f"{name}.") for name in free)
-            # its crops are other ones
+            # it rounds the pixels of its crops otherwise
             or (key == "data.cache" and "device" in (before.get(key), now.get(key)))
         )
     ]
@@ -136,7 +136,7 @@ def refuse_other_data(recorded: Mapping[str, Any], now: Mapping[str, Any], run: 
             if digest != now["data"]["digests"].get(split)
         ]
     on_device = recorded.get("images_on_device", now["images_on_device"])
-    if on_device != now["images_on_device"]:  # its crops are other ones
+    if on_device != now["images_on_device"]:  # it rounds pixels otherwise
         then, here = ("on the device", "in files or memory")[:: 1 if on_device else -1]
         changed.append(f"data.cache: training images {then} then, {here} now (leave it out)")
     ranks = recorded.get("world_size", now["world_size"])

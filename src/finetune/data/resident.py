@@ -1,17 +1,19 @@
 """Training images that live on the device, where batches are cut and augmented at once."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from finetune.data.sampler import stable_hash
+from finetune.data import twister
 from finetune.data.transforms import Flip, ResizedCrop, Transform
 
 Kernel = Callable[[Tensor], Tensor]
+Drawn = tuple[Tensor, Tensor]  # top, left, height, width of each crop, int64 (N, 4); flips, (N,)
 
 AT_ONCE = 2**24  # values of the images that are cropped together on a GPU, 64 MB
 AT_ONCE_ON_CPU = 2**18  # what its caches hold
@@ -41,39 +43,36 @@ def crops_of(transform: Transform) -> Crops | None:
     crop = parts[0]
     if any(type(part) not in (Flip, v2.RandomHorizontalFlip) for part in parts[1:]):
         return None
-    if crop.interpolation not in KERNELS or len({*crop.size}) > 1:
+    kernel = KERNELS.get(InterpolationMode(crop.interpolation))  # its value will do in torchvision
+    if kernel is None or len({*crop.size}) > 1:
         return None
     (least, most), (narrow, wide) = crop.scale, crop.ratio
     flip = float(parts[1].p) if len(parts) > 1 else 0.0
-    kernel = KERNELS[crop.interpolation]
     return Crops(crop.size[0], (least, most), (narrow, wide), flip, kernel)
 
 
-def draw(
-    crops: Crops, num_images: int, height: int, width: int, seed: int, epoch: int
-) -> tuple[Tensor, Tensor]:
-    """Top, left, height, width of a crop of each image, int64 (N, 4), and flips, bool (N,).
-
-    Distributed as RandomResizedCrop's are; drawn on the CPU: the same for every device.
-    """
-    generator = torch.Generator().manual_seed(stable_hash("crops", seed, epoch))
-    numbers = torch.rand(2 * ATTEMPTS + 3, num_images, generator=generator, dtype=torch.float64)
-    area, shape, (x, y, flip) = numbers[:ATTEMPTS], numbers[ATTEMPTS:-3], numbers[-3:]
-    area = height * width * (crops.scale[0] + (crops.scale[1] - crops.scale[0]) * area)
-    least, most = (math.log(ratio) for ratio in crops.ratio)
-    ratio = torch.exp(least + (most - least) * shape)
-    widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+def draw(crops: Crops, seeds: Sequence[int], height: int, width: int) -> Drawn:
+    """What the transform draws of an image of this size after each seed: its very numbers."""
+    words = twister.words(np.array(seeds, np.int64), 2 * ATTEMPTS + 3)
+    shortest, longest = torch.log(torch.tensor(crops.ratio)).tolist()
+    area = height * width * twister.uniform(words[0:-3:2], *crops.scale).astype(np.float64)
+    logs = torch.from_numpy(twister.uniform(words[1:-3:2], shortest, longest))
+    stretch = logs.exp().double().numpy()
+    widths, heights = np.sqrt(area * stretch).round(), np.sqrt(area / stretch).round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first, images = fits.int().argmax(0), torch.arange(num_images)
-    ratio_of_all = min(max(width / height, crops.ratio[0]), crops.ratio[1])
-    centre_width = min(width, round(height * ratio_of_all))
-    centre_height = min(height, round(width / ratio_of_all))
-    found = fits.any(0)
-    heights = torch.where(found, heights[first, images], centre_height)
-    widths = torch.where(found, widths[first, images], centre_width)
-    top = torch.where(found, (y * (height - heights + 1)).floor(), (height - centre_height) // 2)
-    left = torch.where(found, (x * (width - widths + 1)).floor(), (width - centre_width) // 2)
-    return torch.stack([top, left, heights, widths], 1).long(), flip < crops.flip
+    found, first, images = fits.any(0), fits.argmax(0), np.arange(len(seeds))
+    w, h = (sides[first, images].astype(np.int64) for sides in (widths, heights))
+    used = np.where(found, 2 * first + 2, 2 * ATTEMPTS)
+    # where none fits, these are not used
+    top = words[used, images] % np.maximum(1, height - h + 1)
+    left = words[used + 1, images] % np.maximum(1, width - w + 1)
+    least, most = crops.ratio
+    mid_h = round(width / least) if width < height * least else height
+    mid_w = round(height * most) if width > height * most else width
+    middle = ((height - mid_h) // 2, (width - mid_w) // 2, mid_h, mid_w)
+    boxes = np.where(found, (top, left, h, w), np.array(middle)[:, None])
+    flips = twister.uniform(words[used + 2 * found, images], 0, 1) < crops.flip
+    return torch.from_numpy(boxes.T.copy()), torch.from_numpy(flips)
 
 
 def _triangle(x: Tensor) -> Tensor:
@@ -139,13 +138,9 @@ class ResidentImages:
     compiled: torch.compile makes a few kernels of the many that crop.
     """
 
-    def __init__(
-        self, pixels: Tensor, crops: Crops | None, seed: int, compiled: bool = False
-    ) -> None:
-        self.pixels, self.crops, self.seed = pixels, crops, seed
+    def __init__(self, pixels: Tensor, crops: Crops | None, compiled: bool = False) -> None:
+        self.pixels, self.crops = pixels, crops
         self._resized = torch.compile(resized, dynamic=False) if compiled else resized
-        self._epoch = -1
-        self._boxes, self._flips = torch.empty(0), torch.empty(0)
 
     @property
     def most_at_once(self) -> int:
@@ -154,21 +149,19 @@ class ResidentImages:
         values = AT_ONCE_ON_CPU if self.pixels.device.type == "cpu" else AT_ONCE
         return values // (3 * side**2)
 
-    def batch(self, epoch: int, positions: Tensor, rows: Tensor, one_look: bool = False) -> Tensor:
-        """uint8 (B, 3, S, S) of images at positions (B,), each cropped as its row (B,) is drawn.
+    def drawn(self, seeds: Sequence[int]) -> Drawn | None:
+        """Crops after these seeds, on the device; None where images are seen as they are."""
+        if self.crops is None:
+            return None
+        boxes, flips = draw(self.crops, seeds, *self.pixels.shape[2:])
+        return boxes.to(self.pixels.device), flips.to(self.pixels.device)
+
+    def batch(self, positions: Tensor, drawn: Drawn | None, one_look: bool = False) -> Tensor:
+        """uint8 (B, 3, S, S) of images at positions (B,), cropped as it was drawn, (B, ...).
 
         one_look: nothing is compiled for it.
         """
         images, crop = self.pixels[positions], resized if one_look else self._resized
-        if self.crops is not None:
-            self._draw(epoch)
-            boxes, flips = self._boxes[rows], self._flips[rows]
-            images = crop(images, boxes, flips, self.crops.size, self.crops.kernel)
+        if self.crops is not None and drawn is not None:
+            images = crop(images, *drawn, self.crops.size, self.crops.kernel)
         return images.expand(-1, 3, -1, -1).contiguous()
-
-    def _draw(self, epoch: int) -> None:
-        if self.crops is not None and epoch != self._epoch:
-            count, _, height, width = self.pixels.shape
-            drawn = draw(self.crops, count, height, width, self.seed, epoch)
-            self._boxes, self._flips = (values.to(self.pixels.device) for values in drawn)
-            self._epoch = epoch
