@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,6 +213,34 @@ def test_a_file_that_is_not_whole_is_made_anew(photos, folder, damage, caplog):
     assert "is not whole and is made anew" in caplog.text
     assert all(torch.equal(again[i], images[i][0]) for i in range(len(images)))
     assert cache.opened(path, len(images)) is not None
+
+
+def test_a_damaged_image_is_never_trained_on(photos, folder):
+    images = image_folder(str(photos)).train
+    kept_on_disk(images, folder)
+    path = one_file(folder)
+    damaged = bytearray(path.read_bytes())
+    damaged[10] ^= 1
+    path.write_bytes(damaged)
+    found = kept_on_disk(images, folder)
+    assert torch.equal(found[3], images[3][0])
+    first = int(found.places[:, 1].argmin())  # they lie there as threads brought them
+    with pytest.raises(DataError, match=r"that is kept there is damaged. The file is removed"):
+        found[first]
+    again = kept_on_disk(images, folder)
+    assert all(torch.equal(again[i], images[i][0]) for i in range(len(images)))
+
+
+def test_a_rescan_believes_no_file_of_before(photos, folder, monkeypatch):
+    images, began = image_folder(str(photos)).train, time.time()
+    kept_on_disk(images, folder)
+    os.utime(one_file(folder), (began - 60, began - 60))
+    read, choice = [], Choice("disk", ("train",))
+    read_all = cache._read_all
+    monkeypatch.setattr(cache, "_read_all", lambda *args: read.append(1) or read_all(*args))
+    for since, times in ((0.0, 0), (began + 60, 1), (began - 60, 1)):
+        assert ImageCache(choice, folder, since).get("train", images, None)
+        assert len(read) == times
 
 
 def test_what_a_killed_process_left_is_removed(photos, folder):

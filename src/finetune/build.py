@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+import finetune
 from finetune import features
 from finetune.backbones.base import Backbone
 from finetune.callbacks.checkpoints import WholeCheckpointIO
@@ -200,7 +201,7 @@ def build_datamodule(
     if budget is not None:
         spec, plan = model.input_spec, features.plan
         choice = choose_cache(cfg, splits, spec, plan, budget, was_on_device)
-        cache = ImageCache(choice, cache_folder("images"))
+        cache = ImageCache(choice, cache_folder("images"), made_since(cfg))
     return DataModule(
         splits,
         train_transform=make(cfg.augment)(model.input_spec),
@@ -393,7 +394,12 @@ def build_features(
             num_bytes=lambda n: 4 * num_images * model.num_activations(n) * ranks_here(cfg),
         )
     threads = num_threads(ranks_here(cfg))
-    return Features(model, folder if kept else None, cfg.batch_size, plan, threads)
+    return Features(model, folder if kept else None, cfg.batch_size, plan, threads, made_since(cfg))
+
+
+def made_since(cfg: DictConfig) -> float:
+    """When a kept file must have been made to be taken: data.rescan= believes none of before."""
+    return finetune.started if cfg.data.get("rescan") else 0.0
 
 
 def tell_of_features(cfg: DictConfig, plan: Plan) -> None:

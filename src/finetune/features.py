@@ -1,10 +1,13 @@
 """What frozen layers make of images: computed once, and found again by later runs."""
 
 import hashlib
+import inspect
 import json
 import logging
 import os
+import pickle
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -18,11 +21,12 @@ from torch import Tensor, nn
 
 from finetune import averaging, checkpoint
 from finetune.data.base import LabelledImages
+from finetune.data.read import read_image
 from finetune.data.sampler import EpochBatches
 from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
-from finetune.files import cache_folder, make_room, readable
-from finetune.machine import total_memory
+from finetune.files import cache_folder, is_newer, make_room, readable, sweep_abandoned
+from finetune.machine import threads, total_memory
 from finetune.model import Activations, Classifier
 from finetune.prefix import Unsplittable
 from finetune.strategies import Strategy
@@ -34,8 +38,10 @@ BATCH = 64  # images; fixed: another composition of batches may change a last bi
 MOST_ON_DISK = 20e9  # bytes of all files; those that were not read for longest go first
 MOST_ON_DEVICE = 1e9  # bytes; more stay in the machine's memory
 SHARE_OF_MEMORY = 0.25  # of the machine's, for the features of the training images
+PACKAGES = ("torch", "torchvision", "timm")  # whose versions tell of all their networks
 SAME = 0.01  # of the largest feature: further apart is another network, not another batch
 
+READING = (read_image, Classifier.normalised)  # what else is done to pixels
 Batches = Iterable[tuple[Tensor, Tensor]]
 Wheres = list[tuple[int, ...]]  # (view or epoch, position in the split, ...) for each image
 Stored = tuple[Activations, EpochBatches]
@@ -182,17 +188,6 @@ def evaluating(model: Classifier) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def threads(num: int) -> Iterator[None]:
-    """So many threads compute, and as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class FeatureLoader:
     """The batches of a loader, with activations in place of images while they stand in for them.
 
@@ -258,7 +253,7 @@ class Features:
     """Features of one backbone, and activations in it, as long as what makes them is frozen.
 
     folder: of the files; None keeps them in memory alone. num_threads: that compute them, while
-    fewer may do for the head.
+    fewer may do for the head. since: a time; files that are older are made anew.
     """
 
     def __init__(
@@ -268,9 +263,10 @@ class Features:
         batch_size: int,
         plan: Plan,
         num_threads: int = 1,
+        since: float = 0.0,
     ) -> None:
         self.model, self.folder, self.plan = model, folder, plan
-        self.num_threads = num_threads
+        self.num_threads, self.since = num_threads, since
         # enough memory where little is left for training; the same for all usual sizes
         self.batch_size = min(BATCH, 4 * batch_size)
         self._weights: dict[int, str] = {}  # digests by number of layers
@@ -328,20 +324,28 @@ class Features:
         precision: str = "32-true",
         layers: int | None = None,
     ) -> str | None:
-        """Of all that the features depend on; None where the images cannot be told from others."""
+        """Of all that the features depend on.
+
+        None where the images, or what transforms them, cannot be told from others.
+        """
         backbone, files = self.model.backbone, images.fingerprint()
+        try:
+            made_by = pickle.dumps(transform)  # its repr may leave out what it was built with
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            log.info("features are not kept, since augment= cannot be: %s", error)
+            return None
         if files is None:
             return None
         layers = layers or self.model.depth
         if layers not in self._weights:
             self._weights[layers] = averaging.digest(self.model.state_of_layers(layers))
         parts = {
-            "code": (FORMAT, *versions()),
+            "code": (FORMAT, *versions(), *sources(backbone, transform, *READING)),
             "backbone": backbone.recipe,
             "input": asdict(backbone.input_spec),
             "layers": layers,
             "weights": self._weights[layers],
-            "transform": repr(transform),
+            "transform": (repr(transform), hashlib.blake2b(made_by).hexdigest()),
             "images": files,
             "augmentation": None if seed is None else (seed, view),
             "arithmetic": (precision, device.type, self.batch_size, memory_order(backbone)),
@@ -408,7 +412,7 @@ class Features:
         The first and the last image are computed again: the digest knows of versions, and not of
         a line that somebody changed in a network or a transform.
         """
-        if not path.exists():
+        if not is_newer(path, self.since):
             return None
         try:
             features = checkpoint.load(path)["features"]
@@ -437,10 +441,28 @@ def memory_order(net: nn.Module) -> str:
 def versions() -> list[str]:
     """Of the code that features come from."""
     found = []
-    for name in ("finetune", "torch", "torchvision", "timm", "pillow"):
+    for name in ("finetune", *PACKAGES, "pillow"):
         with suppress(PackageNotFoundError):  # timm is an extra
             found.append(f"{name} {version(name)}")
     return found
+
+
+def sources(*parts: Any) -> list[str]:
+    """Digests of the files that classes and functions come from, but for those of versions().
+
+    parts: modules with all below them, and transforms with those that they are composed of.
+    """
+    files: set[str] = set()
+    left = [*parts]
+    while left:
+        part = left.pop()
+        left += getattr(part, "transforms", ())
+        left += part.children() if isinstance(part, nn.Module) else ()
+        name = (part if inspect.isfunction(part) else type(part)).__module__
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file and name.partition(".")[0] not in PACKAGES:
+            files.add(file)
+    return [hashlib.blake2b(Path(file).read_bytes()).hexdigest() for file in sorted(files)]
 
 
 def write(path: Path, features: Tensor) -> None:
@@ -453,6 +475,7 @@ def write(path: Path, features: Tensor) -> None:
         if shutil.disk_usage(path.parent).free < 2 * features.nbytes:
             log.info("features are not kept: %s has no room for them", path.parent)
             return
+        sweep_abandoned(path)
         checkpoint.save(path, {"features": features})
         make_room([path], MOST_ON_DISK)
     except OSError as error:

@@ -4,10 +4,13 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+ABANDONED = 86_400  # seconds since anything was added to a file that is not whole
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -58,6 +61,23 @@ def sweep_parts(folder: Path) -> None:
     for part in folder.glob("*.part"):
         if re.fullmatch(r".+\.\d+\.part", part.name) and part.is_file():
             part.unlink(missing_ok=True)
+
+
+def sweep_abandoned(path: Path) -> None:
+    """Remove what killed processes left of this file of a cache, and long ago of its like."""
+    for part in path.parent.glob(f"*{path.suffix}.*.part"):
+        with suppress(OSError):
+            ours = part.name.startswith(f"{path.name}.")
+            if ours or time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+
+
+def is_newer(path: Path, since: float) -> bool:
+    """Whether a file is there that was written, or read last, at that time or later."""
+    try:
+        return path.stat().st_mtime >= since
+    except OSError:
+        return False
 
 
 def remove_oldest(files: Iterable[Path], most: float, kept: Collection[Path]) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
@@ -20,6 +21,19 @@ def usable_cores(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores, limit = bound or 1, quota(cgroups, own)
     return cores if limit is None else max(1, min(cores, math.floor(limit)))
+
+
+@contextmanager
+def threads(num: int) -> Iterator[None]:
+    """So many threads of torch compute, and as many as before afterwards."""
+    import torch  # --help does without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def process_rank() -> int:

@@ -7,9 +7,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -25,20 +26,19 @@ from finetune.data.read import image_size
 from finetune.data.scan import alone
 from finetune.data.transforms import Transform
 from finetune.errors import ConfigError, DataError
-from finetune.files import make_room, readable, write_whole
-from finetune.machine import usable_cores
+from finetune.files import is_newer, make_room, readable, sweep_abandoned, write_whole
+from finetune.machine import threads, usable_cores
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 SHARE_OF_MEMORY = 0.25  # of what is free, as long as nobody asks for more
 SAMPLE, MARGIN = 200, 1.1  # files whose headers are read, and what the others may have above them
 MOST_ON_DISK = 50e9  # bytes of all files; those that were not read for longest go first
-ABANDONED = 86_400  # seconds since anything was added to a file that is not whole
 _BLOCK = 2**26  # bytes of memory taken at once; a part that is not used costs nothing
 _AT_ONCE = 16  # images that a thread takes
 _PROGRESS_EVERY = 30  # seconds
-_COLUMNS = 5  # of places
+_COLUMNS = 6  # of places
 _FOOTER = 16  # bytes
 
 Read = Callable[[int], Tensor]
@@ -103,8 +103,10 @@ def choose(asked: str, needs: Mapping[str, Need], memory: int | None, ranks: int
         elif name == "train":
             why = (
                 f"decoded they take about {readable(num_bytes)}, and {readable(memory)} of memory "
-                "are free; there are data.cache=disk and, for more than a quarter, data.cache=ram"
+                "are free; there is data.cache=disk"
             )
+            if total <= memory:
+                why += ", and data.cache=ram for more than a quarter"
     return Choice("ram" if kept else "none", tuple(kept), memory // 2, why)
 
 
@@ -137,22 +139,33 @@ def _size(images: LabelledImages, position: int) -> tuple[int, int] | None:
 class CachedImages:
     """N images that were read once, uint8 (3, H, W), with the strides that they had.
 
-    blocks: flat uint8. places: int64 (N, 5): block, first byte, H, W, 1 where a pixel's channels
-    stand together. path: of the file that holds them.
+    blocks: flat uint8. places: int64 (N, 6): block, first byte, CRC-32, H, W, 1 where a pixel's
+    channels stand together. path: of the file that holds them; None for memory, without CRCs.
     """
 
     def __init__(
         self, blocks: Sequence[np.ndarray], places: np.ndarray, path: Path | None = None
     ) -> None:
         self.blocks, self.places, self.path = blocks, places, path
+        self._sound = np.zeros(len(places), bool)  # what this process has read before
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Tensor:
-        block, first, height, width, together = self.places[index].tolist()
+        block, first, crc, height, width, together = self.places[index].tolist()
         # a copy: a transform that writes into its image would write into all later epochs
-        flat = torch.from_numpy(self.blocks[block][first : first + 3 * height * width].copy())
+        pixels = self.blocks[block][first : first + 3 * height * width].copy()
+        if self.path is not None and not self._sound[index]:
+            if zlib.crc32(pixels) != crc:
+                with suppress(OSError):
+                    self.path.unlink()
+                raise DataError(
+                    f"{self.path}: an image that is kept there is damaged. The file is removed, "
+                    "and made anew by the next run; a run goes on with resume="
+                )
+            self._sound[index] = True
+        flat = torch.from_numpy(pixels)
         # as they were in memory, too: kernels for the one order may round unlike those for another
         if together:
             return flat.view(height, width, 3).permute(2, 0, 1)
@@ -167,17 +180,17 @@ class CachedImages:
     @property
     def nbytes(self) -> int:
         """Of the pixels."""
-        return int(3 * (self.places[:, 2] * self.places[:, 3]).sum())
+        return num_pixels(self.places)
 
 
 class ImageCache:
     """Reads each split that is to be kept once, with all cores, before its first batch is drawn.
 
-    folder: of the files of data.cache=disk.
+    folder: of the files of data.cache=disk. since: a time; what is older there is made anew.
     """
 
-    def __init__(self, choice: Choice, folder: Path) -> None:
-        self.choice, self.folder = choice, folder
+    def __init__(self, choice: Choice, folder: Path, since: float = 0.0) -> None:
+        self.choice, self.folder, self.since = choice, folder, since
         self._kept: dict[str, CachedImages | None] = {}
         self._made: set[Path] = set()  # files of this run
 
@@ -209,7 +222,7 @@ class ImageCache:
         If they have several, ConfigError; where the choice is tentative None, and get has them.
         """
         kept = self._keep("train", images, transform)
-        sizes = np.unique(kept.places[:, 2:4], axis=0).tolist()
+        sizes = np.unique(kept.places[:, 3:5], axis=0).tolist()
         if len(sizes) > 1 and self.choice.tentative:
             self._kept["train"], self.choice = kept, replace(self.choice, kind="ram")
             return None
@@ -258,13 +271,13 @@ class ImageCache:
             )
         path = self.folder / f"{name}.images"
         with alone(path.with_suffix(".lock"), "another process reads the same images"):
-            if found := opened(path, len(images)):
+            if is_newer(path, self.since) and (found := opened(path, len(images))):
                 self._made.add(path)
                 with suppress(OSError):  # it is another user's
                     os.utime(path)  # read now: the last to go
                 return found, "found"
             self.folder.mkdir(parents=True, exist_ok=True)
-            _sweep(self.folder, path)
+            sweep_abandoned(path)
             if transform is None:
                 needed = decoded_bytes(images)
             else:
@@ -307,11 +320,16 @@ def opened(path: Path, num_images: int) -> CachedImages | None:
             stored, footer = file.read(tail - _FOOTER), file.read(_FOOTER)
             if footer == _footer(stored):  # what stands elsewhere in a file are no places
                 places = np.frombuffer(stored, "<i8").reshape(num_images, _COLUMNS)
-                if 3 * int((places[:, 2] * places[:, 3]).sum()) == size - tail:
+                if num_pixels(places) == size - tail:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                     return CachedImages([np.frombuffer(mapped, np.uint8)], places, path)
     log.warning("%s is not whole and is made anew", path)
     return None
+
+
+def num_pixels(places: np.ndarray) -> int:
+    """Bytes of all images."""
+    return int(3 * (places[:, 3] * places[:, 4]).sum())
 
 
 class _TooLarge(Exception):
@@ -325,7 +343,7 @@ class _Memory:
         self.blocks: list[np.ndarray] = []
         self._most, self._total, self._used = most, 0, 0
 
-    def append(self, pixels: np.ndarray) -> tuple[int, int]:
+    def append(self, pixels: np.ndarray) -> tuple[int, int, int]:
         self._total += pixels.size
         if self._most is not None and self._total > self._most:
             raise _TooLarge(f"they take more than {readable(self._most)} (data.cache=)")
@@ -337,14 +355,14 @@ class _Memory:
         first = self._used
         self._used += pixels.size
         self.blocks[-1][first : self._used] = pixels
-        return len(self.blocks) - 1, first
+        return len(self.blocks) - 1, first, 0
 
 
 def _write(file: BinaryIO, num_images: int, read: Read) -> None:
-    def append(pixels: np.ndarray) -> tuple[int, int]:
+    def append(pixels: np.ndarray) -> tuple[int, int, int]:
         first = file.tell()
         file.write(pixels.data)
-        return 0, first
+        return 0, first, zlib.crc32(pixels.data)
 
     places = _read_all(num_images, read, append).astype("<i8").tobytes()
     file.write(places + _footer(places))
@@ -355,7 +373,7 @@ def _footer(places: bytes) -> bytes:
 
 
 def _read_all(
-    num_images: int, read: Read, append: Callable[[np.ndarray], tuple[int, int]]
+    num_images: int, read: Read, append: Callable[[np.ndarray], tuple[int, int, int]]
 ) -> np.ndarray:
     """Hand all images to append, one at a time and in any order; gives their places.
 
@@ -377,7 +395,7 @@ def _read_all(
 
     starts = range(0, num_images, _AT_ONCE)
     began = told = time.monotonic()
-    with _one_thread_each():
+    with threads(1):  # torch spreads nothing over more
         pool = ThreadPoolExecutor(max(1, min(usable_cores(), len(starts))))
         try:
             for start, _ in zip(starts, pool.map(some, starts), strict=True):
@@ -388,23 +406,3 @@ def _read_all(
             stop.set()
             pool.shutdown(cancel_futures=True)
     return places
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """What torch computes in several threads of Python is not spread over more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _sweep(folder: Path, path: Path) -> None:
-    """Remove what processes that were killed left of this file, and long ago of others."""
-    for part in folder.glob("*.images.*.part"):
-        with suppress(OSError):
-            ours = part.name.startswith(f"{path.name}.")
-            if ours or time.time() - part.stat().st_mtime > ABANDONED:
-                part.unlink()
