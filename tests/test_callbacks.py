@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import SMALL, assert_same_end, facts_of, lose, metrics_of, series
+from conftest import (
+    SMALL,
+    assert_same_end,
+    facts_of,
+    finish,
+    lose,
+    metrics_of,
+    series,
+    write_photos,
+)
 from finetune import checkpoint
 from finetune.callbacks import checkpoints
 from finetune.callbacks.checkpoints import (
@@ -26,6 +35,7 @@ from finetune.callbacks.checkpoints import (
 from finetune.callbacks.pictures import confusion_figure
 from finetune.callbacks.speed import Throughput, verdict
 from finetune.callbacks.stopping import StopSignals
+from finetune.data import cache
 from finetune.datamodule import TransformedImages
 from finetune.errors import Interrupted
 from finetune.tasks.classification import Classification, per_class_accuracy
@@ -489,6 +499,40 @@ def test_the_verdict_names_the_share_and_what_to_type(share, workers, said):
     assert verdict(share, workers, cores=4).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"in_memory": True}, "; a lighter augment= would help"),
+        ({"in_memory": True, "augmented": False}, "waits for data"),
+        (
+            {"num_workers": 3, "augmented": False},
+            "smaller image files or data.cache=disk would help",
+        ),
+        ({"in_memory": True, "crops_on_cpu": True}, "; try data.cache=ram"),
+    ],
+)
+def test_the_verdict_names_nothing_that_would_not_help(state, said):
+    assert verdict(0.34, **{"num_workers": 0, "cores": 4} | state).endswith(said)
+
+
+def test_a_short_run_says_that_it_was_not_measured(train):
+    facts = facts_of(train("epochs=1"))
+    assert facts["images_per_second"] is facts["data_wait"] is None
+    assert facts["verdict"].startswith("not measured: 5 steps were trained here")
+
+
+def test_images_that_are_read_when_a_phase_begins_are_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(Throughput, "SKIP", 2)
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    read_all = cache._read_all
+    monkeypatch.setattr(cache, "_read_all", lambda *args: time.sleep(0.5) or read_all(*args))
+    root = write_photos(tmp_path / "photos", train=8)
+    arguments = [o for o in SMALL if not o.startswith(("data", "augment", "epochs"))]
+    arguments += ["data=image_folder", f"data.root={root}", "augment=none", "data.cache=ram"]
+    arguments += ["strategy=lp_ft", "strategy.probe_epochs=2", "epochs=4"]
+    assert facts_of(finish(tmp_path / "run", *arguments))["data_wait"] > 0.2
+
+
 def test_a_run_tells_how_long_it_waits_for_data(train, monkeypatch):
     monkeypatch.setattr(Throughput, "SKIP", 2)
     read = TransformedImages.__getitem__
@@ -517,6 +561,14 @@ def test_steps_that_a_gpu_still_computes_count_before_the_clock_stops(monkeypatc
     getattr(throughput, end)(trainer, task)  # it stands by now
     assert throughput.images == 50
     assert 0.1 < throughput.seconds < 0.2
+
+
+def test_a_profiled_run_that_is_stopped_leaves_what_it_has(train, at_step, tmp_path):
+    at_step(7, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        train("trainer=profile", "epochs=2", "checkpoint.every_n_steps=100")
+    (trace,) = (tmp_path / "run" / "profile").glob("*.pt.trace.json")
+    assert json.loads(trace.read_text())["traceEvents"]
 
 
 def test_a_profiled_run_leaves_a_trace_that_a_browser_opens(train):

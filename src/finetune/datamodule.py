@@ -99,8 +99,11 @@ class LazyLoader(Awaited, DataLoader[Sample | DataError]):
         self.dataset.prepare()
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+        yield from self._awaited(self._read())
+
+    def _read(self) -> Iterator[Any]:
         self.prepare()
-        yield from self._awaited(DataLoader.__iter__(self))
+        yield from DataLoader.__iter__(self)
 
 
 class TrainingLoader(LazyLoader):
@@ -114,14 +117,14 @@ class TrainingLoader(LazyLoader):
     _ahead: Iterator[Any] = iter(())
     _next: tuple[int, int] | None = None  # epoch and batch that it gives next, where that is known
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # of collated batches
+    def _read(self) -> Iterator[Any]:
         self.prepare()
         epoch, first = self.batch_sampler.where()
         if (epoch, first) != self._next:
             self._ahead = DataLoader.__iter__(self)
         self._next = None  # unless the epoch is taken to its last batch, behind which nobody asks
         left = len(self) - first
-        for taken, batch in enumerate(self._awaited(islice(self._ahead, left)), 1):
+        for taken, batch in enumerate(islice(self._ahead, left), 1):
             if taken == left:
                 self._next = (epoch + 1, 0)
             yield batch
@@ -256,8 +259,8 @@ class DataModule(L.LightningDataModule):
 
     @property
     def in_memory(self) -> bool:
-        """Whether training decodes no file, from the second epoch on."""
-        kept = self.cache is not None and "train" in self.cache.choice.splits
+        """Whether training decodes no file by now."""
+        kept = self._resident is not None or (self.cache is not None and self.cache.has("train"))
         return kept or isinstance(self.splits.train.images, ImageArray)
 
     def train_dataloader(self) -> LazyLoader | DeviceLoader | FeatureLoader:

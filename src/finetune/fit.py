@@ -188,11 +188,14 @@ def train_and_test(
     resume_from, resumed_at = resume.find_resume(run) if cfg.resume else (None, None)
     digests = begin_digests(parts.splits) if record else None
 
-    def record_digests() -> None:
+    def record_what_is_known_late() -> None:
         if record and digests and "digests" not in record.facts["data"]:
-            record.update(data=record.facts["data"] | {"digests": digests.result()})
+            record.update(
+                data=record.facts["data"] | {"digests": digests.result()},
+                images_on_device=parts.datamodule.on_device,  # auto may have met several sizes
+            )
 
-    watch = watch_over(parts, run, stop, record_digests)
+    watch = watch_over(parts, run, stop, record_what_is_known_late)
     loggers = build.build_loggers(cfg, run, resumed_at)
     trainer = build.build_trainer(cfg, run, parts.budget, watch.callbacks, loggers)
     if record:
@@ -216,7 +219,7 @@ def train_and_test(
     show_confusion(trainer, best, parts.splits.classes)
     results = measure_best(trainer, parts, best, run, stop)
 
-    record_digests()  # of a training without steps
+    record_what_is_known_late()  # of a training without steps
     if record:
         write_hparams(trainer, cfg, overrides, results.test or results.val)
     for logger in trainer.loggers:
@@ -229,7 +232,6 @@ def train_and_test(
             | {"path": str(best.path.relative_to(run))},
             val=results.val,
             test=results.test,
-            images_on_device=parts.datamodule.on_device,  # auto may have found several sizes
             **{f"per_class_{results.per_class_metric}": per_class},
             images_per_second=throughput.images_per_second,
             **waiting(throughput, cfg, parts.datamodule),
@@ -246,11 +248,20 @@ def train_and_test(
 
 def waiting(throughput: Throughput, cfg: DictConfig, datamodule: DataModule) -> dict[str, Any]:
     """Share of the time that waits for data, and what it means: told, and for run.json."""
-    share, said = throughput.data_wait, None
-    if share is not None:
-        cores = usable_cores() // build.ranks_here(cfg)
-        said = verdict(share, datamodule.num_workers, cores, datamodule.in_memory)
-        log.info("%s", said)
+    share = throughput.data_wait
+    if share is None:
+        skipped = f"the first {throughput.SKIP} are left out"
+        said = f"not measured: {throughput.steps} steps were trained here, and {skipped}"
+    else:
+        said = verdict(
+            share,
+            datamodule.num_workers,
+            usable_cores() // build.ranks_here(cfg),
+            datamodule.in_memory,
+            datamodule.augmented,
+            datamodule.on_device and cfg.data.get("cache") == "device" and not datamodule.for_gpu,
+        )
+    log.info("%s", said)
     return {"data_wait": share, "verdict": said}
 
 
@@ -577,6 +588,8 @@ def quiet_libraries() -> None:
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning 2.6.6 with torch 2.14
     ):
         warnings.filterwarnings("ignore", message)
+    # compile=true on a machine without a GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def write_hparams(

@@ -1,6 +1,7 @@
 """How fast a run trains, and what it waits for."""
 
 import logging
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -107,6 +108,7 @@ class Trace(Callback):
     ) -> None:
         """Begin once skip batches are over."""
         if self.batches == self.skip:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else a CPU reports that it is no GPU
             self.profiler = torch.profiler.profile(acc_events=True)
             self.profiler.start()
         self.batches += 1
@@ -120,6 +122,10 @@ class Trace(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write what there is of a training of fewer steps."""
+        self.write(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write what there is of one that was stopped."""
         self.write(trainer)
 
     def write(self, trainer: L.Trainer) -> None:
@@ -140,20 +146,29 @@ def waited(trainer: L.Trainer) -> float:
     return float(getattr(trainer.train_dataloader, "waited", 0.0))
 
 
-def verdict(data_wait: float, num_workers: int, cores: int, in_memory: bool = False) -> str:
+def verdict(
+    data_wait: float,
+    num_workers: int,
+    cores: int,
+    in_memory: bool = False,
+    augmented: bool = True,
+    crops_on_cpu: bool = False,
+) -> str:
     """What a run spent its time on, and what to type if that was waiting.
 
     data_wait: share of the time. num_workers: processes that read images. cores: of this device.
-    in_memory: images are transformed faster than workers could send them.
+    in_memory: images are transformed faster than workers could send them. augmented: at random.
+    crops_on_cpu: because somebody asked for data.cache=device.
     """
     if data_wait < MUCH_WAITING:
         return f"compute-bound: {data_wait:.0%} of the time waits for data"
+    said = f"input-bound: {data_wait:.0%} of the time waits for data"
     more = min(USEFUL_WORKERS, cores - 1)
-    remedy = (
-        f"try num_workers={more}"
-        if num_workers < more and not in_memory
-        else "a lighter augment= would help"
-        if in_memory
-        else "smaller image files, data.cache=disk or a lighter augment= would help"
-    )
-    return f"input-bound: {data_wait:.0%} of the time waits for data; {remedy}"
+    if crops_on_cpu:
+        return f"{said}; try data.cache=ram"
+    if num_workers < more and not in_memory:
+        return f"{said}; try num_workers={more}"
+    of_files = [] if in_memory else ["smaller image files", "data.cache=disk"]
+    if helps := of_files + ["a lighter augment="] * augmented:
+        return f"{said}; {' or '.join(helps)} would help"
+    return said
