@@ -21,7 +21,7 @@ from finetune.data.resident import ResidentImages, crops_of
 from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
-from finetune.features import FeatureLoader, Features, Plan, Ranks, Stored, Wheres
+from finetune.features import Collectives, FeatureLoader, Features, Plan, Stored, Wheres
 from finetune.files import readable
 from finetune.model import Activations
 
@@ -415,7 +415,7 @@ class DataModule(L.LightningDataModule):
             trainer.strategy.root_device,
             seed,
             view,
-            Ranks(trainer.global_rank, trainer.world_size, trainer.strategy),
+            Collectives(trainer.global_rank, trainer.world_size, trainer.strategy),
             str(trainer.precision),
             trainer.precision_plugin.forward_context,
             layers,

@@ -28,7 +28,7 @@ from finetune.errors import CheckpointError
 from finetune.files import cache_folder, is_newer, make_room, readable, sweep_abandoned
 from finetune.machine import threads, total_memory
 from finetune.model import Activations, Classifier
-from finetune.prefix import Unsplittable
+from finetune.prefix import Unsplittable, modes_kept
 from finetune.strategies import Strategy
 
 log = logging.getLogger(__name__)
@@ -177,15 +177,10 @@ def fitting(phase: Phase, num: int, num_bytes: Callable[[int], int]) -> Phase | 
 @contextmanager
 def evaluating(model: Classifier) -> Iterator[None]:
     """Eval mode without gradients; afterwards each module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # also within Lightning's inference_mode: what comes out may be trained on
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    # also within Lightning's inference_mode: what comes out may be trained on
+    with modes_kept(model), torch.inference_mode(False), torch.no_grad():
+        model.eval()
+        yield
 
 
 class FeatureLoader:
@@ -228,7 +223,7 @@ class FeatureLoader:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Collectives:
     """What several devices agree by. strategy: Lightning's; None: each works for itself."""
 
     rank: int = 0
@@ -280,7 +275,7 @@ class Features:
         device: torch.device,
         seed: int | None = None,
         view: int = 0,
-        ranks: Ranks | None = None,
+        ranks: Collectives | None = None,
         precision: str = "32-true",
         context: Callable[[], AbstractContextManager[Any]] | None = None,
         layers: int | None = None,
@@ -291,7 +286,7 @@ class Features:
         augmentation; None for none. context: the precision's forward pass. layers: of the backbone,
         from 1; None for all.
         """
-        began, ranks = time.perf_counter(), ranks or Ranks()
+        began, ranks = time.perf_counter(), ranks or Collectives()
         layers = layers or self.model.depth
         digest = self.digest(images, transform, device, seed, view, precision, layers)
         path = self.folder and digest and self.folder / f"{digest}.pt"
@@ -377,7 +372,7 @@ class Features:
         num_images: int,
         run: Callable[[Sequence[Wheres]], Iterator[Tensor]],
         view: int,
-        ranks: Ranks,
+        ranks: Collectives,
     ) -> Tensor:
         """Batches in order, each rank every world_size-th: the same whatever their number."""
         places: Wheres = [(view, position) for position in range(num_images)]

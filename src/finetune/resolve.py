@@ -14,6 +14,7 @@ from finetune import recipes
 from finetune.backbones.base import kind_of, reordering_pays
 from finetune.check import is_sharded, on_gpu, on_mps
 from finetune.data.base import Splits
+from finetune.data.cache import sizes_of_some
 from finetune.model import Classifier
 from finetune.overrides import CONF
 from finetune.recipes import Choice, DataFacts, ModelFacts
@@ -22,14 +23,14 @@ log = logging.getLogger(__name__)
 
 GROUPS = ("optimizer", "schedule", "strategy", "augment")  # those with an option auto
 BUDGET = ("epochs", "max_steps")  # one of them is enough
-MOST_MEASURED = 32  # images whose size is looked at
 
 
 def data_facts(cfg: DictConfig, splits: Splits, num_devices: int) -> DataFacts:
     """What a recipe must know of the data."""
     train = splits.train
-    positions = range(0, len(train), max(1, len(train) // MOST_MEASURED))
-    sizes = [train[position][0].shape[-2:] for position in positions]
+    sizes = sizes_of_some(train)
+    if not sizes:
+        train[0]  # which says what is wrong with it
     return DataFacts(
         num_images=len(train),
         image_area=int(median(height * width for height, width in sizes)),
