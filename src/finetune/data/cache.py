@@ -35,6 +35,7 @@ FORMAT = 2
 SHARE_OF_MEMORY = 0.25  # of what is free, as long as nobody asks for more
 SAMPLE, MARGIN = 200, 1.1  # files whose headers are read, and what the others may have above them
 MOST_ON_DISK = 50e9  # bytes of all files; those that were not read for longest go first
+READ_AT_ONCE = 2e9  # bytes of a file; its pixels are looked at before it is taken
 _BLOCK = 2**26  # bytes of memory taken at once; a part that is not used costs nothing
 _AT_ONCE = 16  # images that a thread takes
 _PROGRESS_EVERY = 30  # seconds
@@ -147,29 +148,34 @@ class CachedImages:
         self, blocks: Sequence[np.ndarray], places: np.ndarray, path: Path | None = None
     ) -> None:
         self.blocks, self.places, self.path = blocks, places, path
-        self._sound = np.zeros(len(places), bool)  # what this process has read before
+        self._sound = np.zeros(len(places), bool)  # what was found to be so
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Tensor:
-        block, first, crc, height, width, together = self.places[index].tolist()
+        block, first, _, height, width, together = self.places[index].tolist()
+        if self.path is not None and not self.is_sound(index):
+            with suppress(OSError):
+                self.path.unlink()
+            raise DataError(
+                f"{self.path}: an image that is kept there is damaged. The file is removed, and "
+                "made anew by the next run; a run goes on with resume="
+            )
         # a copy: a transform that writes into its image would write into all later epochs
-        pixels = self.blocks[block][first : first + 3 * height * width].copy()
-        if self.path is not None and not self._sound[index]:
-            if zlib.crc32(pixels) != crc:
-                with suppress(OSError):
-                    self.path.unlink()
-                raise DataError(
-                    f"{self.path}: an image that is kept there is damaged. The file is removed, "
-                    "and made anew by the next run; a run goes on with resume="
-                )
-            self._sound[index] = True
-        flat = torch.from_numpy(pixels)
+        flat = torch.from_numpy(self.blocks[block][first : first + 3 * height * width].copy())
         # as they were in memory, too: kernels for the one order may round unlike those for another
         if together:
             return flat.view(height, width, 3).permute(2, 0, 1)
         return flat.view(3, height, width)
+
+    def is_sound(self, index: int) -> bool:
+        """Whether an image of a file is what was written; asked once."""
+        if not self._sound[index]:
+            block, first, crc, height, width, _ = self.places[index].tolist()
+            pixels = self.blocks[block][first : first + 3 * height * width]
+            self._sound[index] = zlib.crc32(pixels) == crc
+        return bool(self._sound[index])
 
     def __reduce__(self) -> Any:
         """A worker that is no fork opens the file again; without one it gets a copy."""
@@ -309,7 +315,7 @@ def digest(images: LabelledImages, transform: Transform | None) -> str | None:
 
 
 def opened(path: Path, num_images: int) -> CachedImages | None:
-    """The images in a file, of which none is read yet; None if it is not there or not whole."""
+    """The images in a file; None if it is not there or not whole."""
     if not path.exists():
         return None
     with path.open("rb") as file:
@@ -322,7 +328,10 @@ def opened(path: Path, num_images: int) -> CachedImages | None:
                 places = np.frombuffer(stored, "<i8").reshape(num_images, _COLUMNS)
                 if num_pixels(places) == size - tail:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                    return CachedImages([np.frombuffer(mapped, np.uint8)], places, path)
+                    found = CachedImages([np.frombuffer(mapped, np.uint8)], places, path)
+                    # a larger one is read when it is needed
+                    if size > READ_AT_ONCE or all(map(found.is_sound, range(num_images))):
+                        return found
     log.warning("%s is not whole and is made anew", path)
     return None
 
