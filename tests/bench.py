@@ -11,6 +11,7 @@ left out.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -231,10 +232,19 @@ Side = Callable[[], Training]
 class Place:
     """A folder for all that is made, and the processes that measure."""
 
-    def __init__(self, folder: Path, size: Size, on_gpu: bool = False) -> None:
-        self.folder, self.size, self.on_gpu = folder, size, on_gpu
-        self.cores = usable_cores()
+    def __init__(self, folder: Path, size: Size) -> None:
+        self.folder, self.size = folder, size
+        self.cores, self.on_gpu = usable_cores(), False
         self._count = 0
+
+    def for_gpu(self) -> "Place":
+        """The same for what a GPU computes, in a folder of its own."""
+        other = copy.copy(self)
+        other.folder, other.on_gpu = self.new("gpu"), True
+        other.folder.mkdir()
+        # steps that one has asked for are computed in the turn of the other
+        other.size = replace(self.size, turn=3 * self.size.turn)
+        return other
 
     def new(self, name: str) -> Path:
         """A path that is not there yet."""
@@ -741,9 +751,7 @@ class GpuCase:
 
 def gpu(place: Place) -> Iterator[Row]:
     """Rows 13 and 14: the same next to a batch that is on the device, compiled alike."""
-    # steps that one has asked for are computed in the turn of the other
-    place = Place(place.new("gpu"), replace(place.size, turn=3 * place.size.turn), on_gpu=True)
-    place.folder.mkdir()
+    place = place.for_gpu()
     name = place.call("bench_plain", "device")["gpu"]
     graphs = "compile=reduce-overhead"
     fast = ("trainer.precision=bf16-mixed", graphs)
