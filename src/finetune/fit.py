@@ -212,7 +212,7 @@ def train_and_test(
             record.update(model=model)
     if parts.budget.total_steps > 0:
         trainer.fit(parts.task, parts.datamodule, ckpt_path=resume_from, weights_only=True)
-    best, throughput = watch.best, watch.throughput
+    best = watch.best
     if best.validated_step != trainer.global_step:  # nothing was trained, or max_steps is 0
         trainer.validate(parts.task, datamodule=parts.datamodule, verbose=False)
     refuse_lost_end(trainer, best)
@@ -225,44 +225,12 @@ def train_and_test(
     for logger in trainer.loggers:
         logger.finalize("success")  # closed by Lightning after the test, and opened again since
     if record:
-        first_step = throughput.first_step_at
-        per_class = {results.per_class_split: results.per_class}
-        record.update(
-            best={k: best.best[k] for k in ("epoch", "step", "monitor", "value")}
-            | {"path": str(best.path.relative_to(run))},
-            val=results.val,
-            test=results.test,
-            **{f"per_class_{results.per_class_metric}": per_class},
-            images_per_second=throughput.images_per_second,
-            **waiting(throughput, cfg, parts.datamodule),
-            seconds=time.time() - began,
-            time_to_first_step=first_step and first_step - finetune.started,
-        )
-        record.update(status="finished")  # last: all before can be repeated
+        record_results(record, parts, watch, results, run, began)
         splits = {"val": results.val} | ({"test": results.test} if results.test else {})
         print_metrics(splits, results.per_class, results.per_class_split, results.per_class_metric)
         log.info("run: %s", shown_path(run))
         if tensorboard(trainer):
             log.info("look: tensorboard --logdir %s", tensorboard_folder(run))
-
-
-def waiting(throughput: Throughput, cfg: DictConfig, datamodule: DataModule) -> dict[str, Any]:
-    """Share of the time that waits for data, and what it means: told, and for run.json."""
-    share = throughput.data_wait
-    if share is None:
-        skipped = f"the first {throughput.SKIP} are left out"
-        said = f"not measured: {throughput.steps} steps were trained here, and {skipped}"
-    else:
-        said = verdict(
-            share,
-            datamodule.num_workers,
-            usable_cores() // build.ranks_here(cfg),
-            datamodule.in_memory,
-            datamodule.augmented,
-            datamodule.on_device and cfg.data.get("cache") == "device" and not datamodule.for_gpu,
-        )
-    log.info("%s", said)
-    return {"data_wait": share, "verdict": said}
 
 
 @dataclass(frozen=True)
@@ -519,6 +487,46 @@ def measure_best(
     for logger in trainer.loggers:
         logger.log_metrics(test.values, trainer.global_step)
     return Results(val, test.values, test.per_class, "test", metric)
+
+
+def record_results(
+    record: Record, parts: Parts, watch: Watch, results: Results, run: Path, began: float
+) -> None:
+    """Note what came out, and that the run is finished. began: when this process took it up."""
+    best, throughput = watch.best, watch.throughput
+    first_step = throughput.first_step_at
+    per_class = {results.per_class_split: results.per_class}
+    record.update(
+        best={k: best.best[k] for k in ("epoch", "step", "monitor", "value")}
+        | {"path": str(best.path.relative_to(run))},
+        val=results.val,
+        test=results.test,
+        **{f"per_class_{results.per_class_metric}": per_class},
+        images_per_second=throughput.images_per_second,
+        **waiting(throughput, parts.cfg, parts.datamodule),
+        seconds=time.time() - began,
+        time_to_first_step=first_step and first_step - finetune.started,
+    )
+    record.update(status="finished")  # last: all before can be repeated
+
+
+def waiting(throughput: Throughput, cfg: DictConfig, datamodule: DataModule) -> dict[str, Any]:
+    """Share of the time that waits for data, and what it means: told, and for run.json."""
+    share = throughput.data_wait
+    if share is None:
+        skipped = f"the first {throughput.SKIP} are left out"
+        said = f"not measured: {throughput.steps} steps were trained here, and {skipped}"
+    else:
+        said = verdict(
+            share,
+            datamodule.num_workers,
+            usable_cores() // build.ranks_here(cfg),
+            datamodule.in_memory,
+            datamodule.augmented,
+            datamodule.on_device and cfg.data.get("cache") == "device" and not datamodule.for_gpu,
+        )
+    log.info("%s", said)
+    return {"data_wait": share, "verdict": said}
 
 
 def open_record(cfg: DictConfig, run: Path) -> Record:
