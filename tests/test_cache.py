@@ -238,7 +238,9 @@ def test_a_rescan_believes_no_file_of_before(photos, folder, monkeypatch):
     os.utime(one_file(folder), (began - 60, began - 60))
     read, choice = [], Choice("disk", ("train",))
     read_all = cache._read_all
-    monkeypatch.setattr(cache, "_read_all", lambda *args: read.append(1) or read_all(*args))
+    monkeypatch.setattr(
+        cache, "_read_all", lambda *args, **kwargs: read.append(1) or read_all(*args, **kwargs)
+    )
     for since, times in ((0.0, 0), (began + 60, 1), (began - 60, 1)):
         assert ImageCache(choice, folder, since).get("train", images, None)
         assert len(read) == times

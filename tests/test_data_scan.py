@@ -306,7 +306,7 @@ def test_the_caches_of_data_that_were_not_scanned_for_longest_make_room(tmp_path
     put(part, bytes(10))
     put(folder / "mine.npz", bytes(10))
     for path, hours in ((first, 3), (second, 2), (part, 4)):
-        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 3600 * hours))
+        os.utime(path, (path.stat().st_mtime - 3600 * hours,) * 2)
     scan("first")  # now the last to go
     monkeypatch.setattr(scan_module, "_MOST_ON_DISK", 2.5 * first.stat().st_size)
     assert {*scan("third")} > {first, folder / "mine.npz"}

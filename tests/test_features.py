@@ -1,15 +1,12 @@
 """Features of a frozen backbone: the logits of the images, and found only where they are theirs."""
 
-import importlib
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from conftest import SMALL, assert_same_end, finish, metrics_of, plain, write_photos
 from finetune import build, checkpoint, features
@@ -166,58 +163,40 @@ from torch import nn
 class Net(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-class Turned(nn.Module):
-    def __init__(self, quarters):
-        super().__init__()
-        self.quarters = quarters
-
-    def forward(self, image):
-        return image.rot90(self.quarters, (1, 2))
 """
 
 
-@pytest.fixture
-def theirs(tmp_path, monkeypatch):
-    """theirs(): a module as its file is now."""
-    file = tmp_path / "theirs.py"
+def test_a_line_of_somebodys_network_changes_the_digest(photos, tmp_path, monkeypatch):
+    file = tmp_path / "their_net.py"
     file.write_text(NETWORK)
     monkeypatch.syspath_prepend(tmp_path)
 
-    def read():
-        sys.modules.pop("theirs", None)
-        importlib.invalidate_caches()
-        return importlib.import_module("theirs")
+    def found():
+        torch.manual_seed(0)
+        backbone = build.build_backbone(plain(*PROBE[:-1], "model.target=their_net.Net"))
+        return digest(photos, Classifier(backbone, ("a", "b")))
 
-    read.file = file
-    yield read
-    sys.modules.pop("theirs", None)
-
-
-def their_digest(root, module, transform):
-    torch.manual_seed(0)
-    backbone = build.build_backbone(plain(*PROBE[:-1], "model.target=theirs.Net"))
-    store = Features(Classifier(backbone, ("a", "b")), None, 64, Plan())
-    return store.digest(image_folder(str(root)).train, transform, CPU)
+    before = [found(), found()]
+    file.write_text(NETWORK.replace("nn.ReLU()", "nn.LeakyReLU(1e-4)"))
+    assert before[0] == before[1] != found()
 
 
-def test_a_line_of_somebodys_network_changes_the_digest(photos, theirs, monkeypatch):
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    transform = transforms.evaluation(InputSpec(8, 8))
-    before = [their_digest(photos, theirs(), transform) for _ in range(2)]
-    theirs.file.write_text(NETWORK.replace("nn.ReLU()", "nn.LeakyReLU(1e-4)"))
-    assert before[0] == before[1] != their_digest(photos, theirs(), transform)
+@pytest.mark.parametrize("augment", ["light", "strong", "crop", "subpixel", "randaugment"])
+def test_views_are_found_by_a_transform_that_was_built_anew(photos, augment):
+    images = image_folder(str(photos)).train
+    store = Features(Classifier(build.build_backbone(plain(*PROBE)), ("a", "b")), None, 64, Plan())
+
+    def found(size):
+        transform = getattr(transforms, augment)(InputSpec(size, size))
+        return store.digest(images, transform, CPU, seed=0)
+
+    assert found(8) == found(8) != found(9)
 
 
-def test_what_a_transform_was_built_with_changes_the_digest(photos, theirs):
-    module = theirs()
-    found = [
-        their_digest(photos, module, v2.Compose([module.Turned(quarters)]))
-        for quarters in (1, 1, 2)
-    ]
-    assert found[0] == found[1] != found[2]
-    assert their_digest(photos, module, lambda image: image) is None  # of whatever it closes over
+def test_features_of_a_transform_without_origin_are_not_kept(photos):
+    images = image_folder(str(photos)).train
+    store = Features(Classifier(build.build_backbone(plain(*PROBE)), ("a", "b")), None, 64, Plan())
+    assert store.digest(images, lambda image: image, CPU) is None
 
 
 def test_images_in_memory_are_told_apart_by_their_pixels():
@@ -266,10 +245,15 @@ def test_files_that_were_not_read_for_longest_make_room_and_no_others(tmp_path):
 
 
 def test_what_a_killed_process_left_of_features_is_removed(tmp_path):
-    path = tmp_path / f"{0:032x}.pt"
-    (tmp_path / f"{path.name}.1.part").write_bytes(b"half")
+    path, name = tmp_path / f"{0:032x}.pt", f"{1:032x}.pt"
+    parts = f"{name}.1.part", f"{name}.2.part", "x.pt.1.part"
+    old, new, theirs = (tmp_path / part for part in parts)
+    for part in (old, new, theirs):
+        part.write_bytes(b"half")
+    for part in (old, theirs):
+        os.utime(part, (0, 0))
     features.write(path, torch.zeros(2, 3))
-    assert [*tmp_path.iterdir()] == [path]
+    assert {*tmp_path.iterdir()} == {path, new, theirs}  # somebody may be writing the new one
 
 
 def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path, caplog):

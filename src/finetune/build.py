@@ -317,11 +317,11 @@ def choose_device(cfg: DictConfig, train: LabelledImages, spec: InputSpec) -> Ch
             f"data.cache=device: the images take about {readable(num_bytes)}, and "
             f"{readable(free)} of the device are free; type data.cache=none"
         )
-    here = free_memory()
-    if here is not None and 2 * num_bytes > here:
+    here, needed = free_memory(), num_bytes * (1 if in_memory else 2)
+    if here is not None and needed > here:
         raise ConfigError(
-            f"data.cache=device: the images take about {readable(num_bytes)}, on their way there "
-            f"twice as much memory, and {readable(here)} of it are free; type data.cache=none"
+            f"data.cache=device: on their way there the images take about {readable(needed)} of "
+            f"memory, and {readable(here)} are free; type data.cache=none"
         )
     return Choice("device", ("train",))
 

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from finetune.data.base import ImageArray, LabelledImages, Splits
 from finetune.data.cache import ImageCache
-from finetune.data.resident import ResidentImages, crops_of
+from finetune.data.resident import Drawn, ResidentImages, crops_of
 from finetune.data.sampler import EpochBatches, stable_hash
 from finetune.data.transforms import Transform, seeded
 from finetune.errors import DataError
@@ -142,6 +142,7 @@ class DeviceLoader(Awaited):
     ) -> None:
         self.loader, self.labels, self.images = loader, labels, images
         self.batch_sampler: Any = loader.batch_sampler  # Lightning looks whether it shuffles
+        self._ahead: tuple[int, tuple[Tensor, Drawn | None]] = (-1, (torch.empty(0), None))
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -152,29 +153,40 @@ class DeviceLoader(Awaited):
             self.loader.prepare()
 
     def __iter__(self) -> Iterator[Batch]:
+        began = time.perf_counter()
         images = self.images()
-        yield from self._awaited(iter(self.loader) if images is None else self._cut(images))
+        self.waited += time.perf_counter() - began
+        if images is None:
+            yield from self._awaited(iter(self.loader))
+        elif images.pixels.device.type == "cpu":
+            yield from self._awaited(self._cut(images))
+        else:  # it is asked for crops as for steps, and nobody waits for them
+            yield from self._cut(images)
 
     def _cut(self, images: ResidentImages) -> Iterator[Batch]:
-        device = images.pixels.device
-        sampler = self.batch_sampler
-        epoch, first = sampler.where()
-        wheres = sampler.drawn(epoch, sampler.order(epoch), slice(None)) if images.crops else ()
+        epoch, first = self.batch_sampler.where()
+        drawn = self._ahead[1] if self._ahead[0] == epoch else self._drawn(images, epoch)
         # once an epoch: whatever is brought to a GPU is waited for
-        order = sampler.order_on(epoch, device)
-        drawn = images.drawn([self.loader.dataset.seed_of(where) for where in wheres])
-        labels = self.labels.to(device)[order]
-        places = torch.arange(len(order), device=device)
-        batches = sampler.places()
-        together = max(1, images.most_at_once // sampler.batch_size)
+        order, crops = drawn[0].to(images.pixels.device), images.on_device(drawn[1])
+        labels = self.labels.to(order.device)[order]
+        sizes = self.batch_sampler.sizes()
+        starts = [0, *accumulate(sizes)]
+        together = max(1, images.most_at_once // self.batch_sampler.batch_size)
         # a resume crops together what the other run did: sums round by how many they are of
-        for start in range(first - first % together, len(batches), together):
-            several = [places[batch] for batch in batches[start : start + together]]
-            chosen, sizes = torch.cat(several), [len(batch) for batch in several]
-            theirs = drawn and (drawn[0][chosen], drawn[1][chosen])
-            pixels = images.batch(order[chosen], theirs)
-            pairs = zip(pixels.split(sizes), labels[chosen].split(sizes), strict=True)
-            yield from islice(pairs, max(0, first - start), None)
+        for batch in range(first - first % together, len(sizes), together):
+            here = sizes[batch : batch + together]
+            part = slice(starts[batch], starts[batch] + sum(here))
+            pixels = images.batch(order[part], crops and (crops[0][part], crops[1][part]))
+            if batch + together >= len(sizes):  # while a GPU has steps to do
+                self._ahead = epoch + 1, self._drawn(images, epoch + 1)
+            pairs = zip(pixels.split(here), labels[part].split(here), strict=True)
+            yield from islice(pairs, max(0, first - batch), None)
+
+    def _drawn(self, images: ResidentImages, epoch: int) -> tuple[Tensor, Drawn | None]:
+        """Positions (N,) that this rank's batches take in an epoch, and their crops; on the CPU."""
+        wheres = self.batch_sampler.of_epoch(epoch)
+        seeds = [self.loader.dataset.seed_of(where) for where in wheres] if images.crops else []
+        return torch.tensor([position for _, position, *_ in wheres]), images.drawn(seeds)
 
 
 def collate(samples: list[Sample | DataError]) -> Batch | DataError:
@@ -306,7 +318,7 @@ class DataModule(L.LightningDataModule):
         if resident := self._resident_images():
             positions = torch.tensor([position for _, position, *_ in first])
             drawn = resident.drawn([images.seed_of(where) for where in first])
-            return resident.batch(positions, drawn, one_look=True)
+            return resident.batch(positions, resident.on_device(drawn), one_look=True)
         batch = collate([images[where] for where in first])
         if isinstance(batch, DataError):
             raise batch

@@ -1,13 +1,9 @@
 """What frozen layers make of images: computed once, and found again by later runs."""
 
 import hashlib
-import inspect
 import json
 import logging
-import os
-import pickle
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -25,9 +21,10 @@ from finetune.data.read import read_image
 from finetune.data.sampler import EpochBatches
 from finetune.data.transforms import Transform
 from finetune.errors import CheckpointError
-from finetune.files import cache_folder, is_newer, make_room, readable, sweep_abandoned
+from finetune.files import cache_folder, is_newer, make_room, note_read, readable, sweep_abandoned
 from finetune.machine import threads, total_memory
 from finetune.model import Activations, Classifier
+from finetune.origins import PACKAGES, NoOrigin, built_with, sources
 from finetune.prefix import Unsplittable, modes_kept
 from finetune.strategies import Strategy
 
@@ -38,7 +35,6 @@ BATCH = 64  # images; fixed: another composition of batches may change a last bi
 MOST_ON_DISK = 20e9  # bytes of all files; those that were not read for longest go first
 MOST_ON_DEVICE = 1e9  # bytes; more stay in the machine's memory
 SHARE_OF_MEMORY = 0.25  # of the machine's, for the features of the training images
-PACKAGES = ("torch", "torchvision", "timm")  # whose versions tell of all their networks
 SAME = 0.01  # of the largest feature: further apart is another network, not another batch
 
 READING = (read_image, Classifier.normalised)  # what else is done to pixels
@@ -324,23 +320,24 @@ class Features:
         None where the images, or what transforms them, cannot be told from others.
         """
         backbone, files = self.model.backbone, images.fingerprint()
-        try:
-            made_by = pickle.dumps(transform)  # its repr may leave out what it was built with
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            log.info("features are not kept, since augment= cannot be: %s", error)
-            return None
         if files is None:
             return None
+        try:
+            made_by, code = built_with(transform)  # its repr may leave out a part
+        except NoOrigin as error:
+            log.info("features are not kept, since augment= cannot be told from others: %s", error)
+            return None
+        code |= {*READING, type(images.images), *map(type, backbone.modules())}
         layers = layers or self.model.depth
         if layers not in self._weights:
             self._weights[layers] = averaging.digest(self.model.state_of_layers(layers))
         parts = {
-            "code": (FORMAT, *versions(), *sources(backbone, transform, *READING)),
+            "code": (FORMAT, *versions(), *sources(code)),
             "backbone": backbone.recipe,
             "input": asdict(backbone.input_spec),
             "layers": layers,
             "weights": self._weights[layers],
-            "transform": (repr(transform), hashlib.blake2b(made_by).hexdigest()),
+            "transform": (repr(transform), made_by),
             "images": files,
             "augmentation": None if seed is None else (seed, view),
             "arithmetic": (precision, device.type, self.batch_size, memory_order(backbone)),
@@ -404,8 +401,8 @@ class Features:
     ) -> Tensor | None:
         """What is in a file; None if there is none, or it does not hold what is computed now.
 
-        The first and the last image are computed again: the digest knows of versions, and not of
-        a line that somebody changed in a network or a transform.
+        The first and the last image are computed again: the digest knows the files of a network and
+        of a transform, and not of a line that somebody changed in what those import.
         """
         if not is_newer(path, self.since):
             return None
@@ -422,8 +419,7 @@ class Features:
         if not torch.allclose(now, then, rtol=0.0, atol=SAME * float(now.abs().max())):
             log.info("features are computed again: the code has changed since %s", path)
             return None
-        with suppress(OSError):  # it is another user's
-            os.utime(path)  # read now: the last to go
+        note_read(path)
         return features  # type: ignore[no-any-return]
 
 
@@ -440,24 +436,6 @@ def versions() -> list[str]:
         with suppress(PackageNotFoundError):  # timm is an extra
             found.append(f"{name} {version(name)}")
     return found
-
-
-def sources(*parts: Any) -> list[str]:
-    """Digests of the files that classes and functions come from, but for those of versions().
-
-    parts: modules with all below them, and transforms with those that they are composed of.
-    """
-    files: set[str] = set()
-    left = [*parts]
-    while left:
-        part = left.pop()
-        left += getattr(part, "transforms", ())
-        left += part.children() if isinstance(part, nn.Module) else ()
-        name = (part if inspect.isfunction(part) else type(part)).__module__
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file and name.partition(".")[0] not in PACKAGES:
-            files.add(file)
-    return [hashlib.blake2b(Path(file).read_bytes()).hexdigest() for file in sorted(files)]
 
 
 def write(path: Path, features: Tensor) -> None:

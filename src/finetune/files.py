@@ -63,34 +63,45 @@ def sweep_parts(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def sweep_abandoned(path: Path) -> None:
-    """Remove what killed processes left of this file of a cache, and long ago of its like."""
+def sweep_abandoned(path: Path, alone: bool = False) -> None:
+    """Remove what killed processes left, long ago, of a cache's files with this one's suffix.
+
+    alone: nobody else writes this one, and what is left of it goes at once.
+    """
     for part in path.parent.glob(f"*{path.suffix}.*.part"):
+        if not re.fullmatch(rf"[0-9a-f]{{32}}{re.escape(path.suffix)}\.\d+\.part", part.name):
+            continue  # whatever else lies in a folder that was named stays
         with suppress(OSError):
-            ours = part.name.startswith(f"{path.name}.")
+            ours = alone and part.name.startswith(f"{path.name}.")
             if ours or time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()
 
 
 def is_newer(path: Path, since: float) -> bool:
-    """Whether a file is there that was written, or read last, at that time or later."""
+    """Whether a file is there that was written at that time or later."""
     try:
         return path.stat().st_mtime >= since
     except OSError:
         return False
 
 
+def note_read(path: Path) -> None:
+    """Say that a file of a cache was read now: it is the last to go."""
+    with suppress(OSError):  # it is another user's
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
 def remove_oldest(files: Iterable[Path], most: float, kept: Collection[Path]) -> None:
     """Remove those that were not read for longest until the others take at most so many bytes.
 
-    Whoever reads one sets its time of change. kept: stay, whatever they take.
+    Whoever reads one says so by note_read. kept: stay, whatever they take.
     """
     status = {}
     for path in files:
         with suppress(FileNotFoundError):  # another process does the same
             status[path] = path.stat()
     total = sum(found.st_size for found in status.values())
-    for path in sorted(status, key=lambda path: status[path].st_mtime):
+    for path in sorted(status, key=lambda path: status[path].st_atime):
         if total <= most or path in kept:
             continue
         with suppress(PermissionError):  # it is another user's

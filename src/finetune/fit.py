@@ -110,7 +110,6 @@ def fit(
             raise
         finally:
             end_wandb()
-            finetune.started = time.time()  # the next job of a sweep
 
 
 def how_it_ended(error: BaseException) -> dict[str, Any]:
@@ -189,11 +188,14 @@ def train_and_test(
     digests = begin_digests(parts.splits) if record else None
 
     def record_what_is_known_late() -> None:
-        if record and digests and "digests" not in record.facts["data"]:
-            record.update(
-                data=record.facts["data"] | {"digests": digests.result()},
-                images_on_device=parts.datamodule.on_device,  # auto may have met several sizes
-            )
+        if not record or not digests:
+            return
+        known = {
+            "data": record.facts["data"] | {"digests": digests.result()},
+            "images_on_device": parts.datamodule.on_device,  # auto may have met several sizes
+        }
+        if any(record.facts.get(key) != value for key, value in known.items()):
+            record.update(**known)
 
     watch = watch_over(parts, run, stop, record_what_is_known_late)
     loggers = build.build_loggers(cfg, run, resumed_at)

@@ -5,6 +5,7 @@ import logging.config
 import multiprocessing
 import os
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # it re-exports
 
+import finetune
 from finetune import signals
 from finetune.build import num_devices
 from finetune.errors import ConfigError, FinetuneError, Interrupted
@@ -33,6 +35,14 @@ MOST_SAID = 20_000  # characters: a pipe holds no more until it is read
 
 def run(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], why_model: str) -> None:
     """Run a job in this process, or in one process per device."""
+    try:
+        run_job(cfg, run_dir, overrides, why_model)
+    finally:
+        finetune.started = time.time()  # the next job of a sweep
+
+
+def run_job(cfg: DictConfig, run_dir: Path, overrides: Sequence[str], why_model: str) -> None:
+    """The same, of a process that may run more."""
     devices = num_devices(cfg)
     outside = started_outside()
     if outside > 1:
@@ -82,7 +92,7 @@ def start_ranks(
                 process = context.Process(
                     target=rank_main,
                     args=(there, number, variables, plain, str(run_dir), list(overrides), why_model,
-                          logging_config, threads, workers),
+                          logging_config, threads, workers, finetune.started),
                 )  # fmt: skip
                 process.start()
                 there.close()
@@ -129,6 +139,7 @@ def rank_main(
     logging_config: dict[str, Any],
     threads: int,
     workers: str,
+    started: float,
 ) -> None:
     """What each rank runs. Signals are blocked until it can take them."""
     # a pipe, and not PR_SET_PDEATHSIG: it is there on every system, and cannot miss a launcher
@@ -139,6 +150,7 @@ def rank_main(
     os.environ.update(variables)
     # of a DataLoader: as in one process. A spawned one would import torch again
     multiprocessing.set_start_method(workers, force=True)
+    finetune.started = started
     torch.set_num_threads(threads)  # or the ranks' threads fight over the cores
     logging.config.dictConfig(logging_config)
     if rank > 0:

@@ -129,6 +129,7 @@ def typed(cfg: DictConfig) -> list[str]:
         "trainer.accelerator": cfg.trainer.accelerator,
         "trainer.devices": 1,
         "trainer.precision": cfg.trainer.precision,
+        "compile": False,  # one pass takes less
     }
     return overrides_of(values)
 

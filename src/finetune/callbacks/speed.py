@@ -51,8 +51,10 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count from the end of the batch before: waiting for data is part of it."""
-        now = time.perf_counter()
         self.steps += 1
+        if self.steps == self.SKIP and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)  # what it still has to do is of those
+        now = time.perf_counter()
         if self.first_step_at is None:
             self.first_step_at = time.time()
         if self._last is not None and self.steps > self.SKIP:
@@ -126,7 +128,10 @@ class Trace(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write what there is of one that was stopped."""
-        self.write(trainer)
+        try:
+            self.write(trainer)
+        except (OSError, RuntimeError) as error:  # what stopped it is what counts
+            log.warning("no trace: %s", error)
 
     def write(self, trainer: L.Trainer) -> None:
         """End the recording, if there is one."""

@@ -10,7 +10,6 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -26,7 +25,7 @@ from finetune.data.read import image_size
 from finetune.data.scan import alone
 from finetune.data.transforms import Transform
 from finetune.errors import ConfigError, DataError
-from finetune.files import is_newer, make_room, readable, sweep_abandoned, write_whole
+from finetune.files import is_newer, make_room, note_read, readable, sweep_abandoned, write_whole
 from finetune.machine import threads, usable_cores
 
 log = logging.getLogger(__name__)
@@ -156,11 +155,14 @@ class CachedImages:
     def __getitem__(self, index: int) -> Tensor:
         block, first, _, height, width, together = self.places[index].tolist()
         if self.path is not None and not self.is_sound(index):
-            with suppress(OSError):
+            try:
                 self.path.unlink()
+                then = "The file is removed"
+            except OSError as error:
+                then = f"Remove the file, which is refused here ({error.strerror})"
             raise DataError(
-                f"{self.path}: an image that is kept there is damaged. The file is removed, and "
-                "made anew by the next run; a run goes on with resume="
+                f"{self.path}: an image that is kept there is damaged. {then}; the next run makes "
+                "it anew, and this one goes on with resume="
             )
         # a copy: a transform that writes into its image would write into all later epochs
         flat = torch.from_numpy(self.blocks[block][first : first + 3 * height * width].copy())
@@ -279,11 +281,10 @@ class ImageCache:
         with alone(path.with_suffix(".lock"), "another process reads the same images"):
             if is_newer(path, self.since) and (found := opened(path, len(images))):
                 self._made.add(path)
-                with suppress(OSError):  # it is another user's
-                    os.utime(path)  # read now: the last to go
+                note_read(path)
                 return found, "found"
             self.folder.mkdir(parents=True, exist_ok=True)
-            sweep_abandoned(path)
+            sweep_abandoned(path, alone=True)
             if transform is None:
                 needed = decoded_bytes(images)
             else:
@@ -352,7 +353,7 @@ class _Memory:
         self.blocks: list[np.ndarray] = []
         self._most, self._total, self._used = most, 0, 0
 
-    def append(self, pixels: np.ndarray) -> tuple[int, int, int]:
+    def append(self, pixels: np.ndarray) -> tuple[int, int]:
         self._total += pixels.size
         if self._most is not None and self._total > self._most:
             raise _TooLarge(f"they take more than {readable(self._most)} (data.cache=)")
@@ -364,16 +365,16 @@ class _Memory:
         first = self._used
         self._used += pixels.size
         self.blocks[-1][first : self._used] = pixels
-        return len(self.blocks) - 1, first, 0
+        return len(self.blocks) - 1, first
 
 
 def _write(file: BinaryIO, num_images: int, read: Read) -> None:
-    def append(pixels: np.ndarray) -> tuple[int, int, int]:
+    def append(pixels: np.ndarray) -> tuple[int, int]:
         first = file.tell()
         file.write(pixels.data)
-        return 0, first, zlib.crc32(pixels.data)
+        return 0, first
 
-    places = _read_all(num_images, read, append).astype("<i8").tobytes()
+    places = _read_all(num_images, read, append, checked=True).astype("<i8").tobytes()
     file.write(places + _footer(places))
 
 
@@ -382,11 +383,14 @@ def _footer(places: bytes) -> bytes:
 
 
 def _read_all(
-    num_images: int, read: Read, append: Callable[[np.ndarray], tuple[int, int, int]]
+    num_images: int,
+    read: Read,
+    append: Callable[[np.ndarray], tuple[int, int]],
+    checked: bool = False,
 ) -> np.ndarray:
     """Hand all images to append, one at a time and in any order; gives their places.
 
-    Of several that cannot be read the first is raised.
+    checked: with CRCs. Of several that cannot be read the first is raised.
     """
     places = np.zeros((num_images, _COLUMNS), np.int64)
     lock, stop = threading.Lock(), threading.Event()
@@ -398,9 +402,10 @@ def _read_all(
             image = read(position)
             together = not image.is_contiguous() and image.permute(1, 2, 0).is_contiguous()
             flat = (image.permute(1, 2, 0) if together else image).contiguous().flatten().numpy()
+            crc = zlib.crc32(flat.data) if checked else 0
             with lock:
                 place = append(flat)
-            places[position] = (*place, image.shape[1], image.shape[2], together)
+            places[position] = (*place, crc, image.shape[1], image.shape[2], together)
 
     starts = range(0, num_images, _AT_ONCE)
     began = told = time.monotonic()

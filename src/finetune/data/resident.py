@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from finetune.data import twister
 from finetune.data.transforms import Flip, ResizedCrop, Transform
@@ -18,6 +18,7 @@ Drawn = tuple[Tensor, Tensor]  # top, left, height, width of each crop, int64 (N
 AT_ONCE = 2**24  # values of the images that are cropped together on a GPU, 64 MB
 AT_ONCE_ON_CPU = 2**18  # what its caches hold
 SMALL_IMAGE = 64  # pixels a side, up to which a CPU crops whole batches sooner than image by image
+DRAWN_AT_ONCE = 2**15  # crops; 0.5 kB of memory for each
 ATTEMPTS = 10  # as RandomResizedCrop: after them it takes what fits in the centre
 
 
@@ -43,8 +44,9 @@ def crops_of(transform: Transform) -> Crops | None:
     crop = parts[0]
     if any(type(part) not in (Flip, v2.RandomHorizontalFlip) for part in parts[1:]):
         return None
-    kernel = KERNELS.get(InterpolationMode(crop.interpolation))  # its value will do in torchvision
-    if kernel is None or len({*crop.size}) > 1:
+    # in torchvision its value will do
+    kernel = KERNELS.get(getattr(crop.interpolation, "value", crop.interpolation))
+    if kernel is None or not crop.antialias or len({*crop.size}) > 1:
         return None
     (least, most), (narrow, wide) = crop.scale, crop.ratio
     flip = float(parts[1].p) if len(parts) > 1 else 0.0
@@ -86,10 +88,7 @@ def _cubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-KERNELS: Mapping[InterpolationMode, Kernel] = {
-    InterpolationMode.BILINEAR: _triangle,
-    InterpolationMode.BICUBIC: _cubic,
-}
+KERNELS: Mapping[str, Kernel] = {"bilinear": _triangle, "bicubic": _cubic}
 
 
 def weights(
@@ -150,11 +149,19 @@ class ResidentImages:
         return values // (3 * side**2)
 
     def drawn(self, seeds: Sequence[int]) -> Drawn | None:
-        """Crops after these seeds, on the device; None where images are seen as they are."""
+        """Crops after these seeds, on the CPU; None where images are seen as they are."""
         if self.crops is None:
             return None
-        boxes, flips = draw(self.crops, seeds, *self.pixels.shape[2:])
-        return boxes.to(self.pixels.device), flips.to(self.pixels.device)
+        parts = [
+            draw(self.crops, seeds[start : start + DRAWN_AT_ONCE], *self.pixels.shape[2:])
+            for start in range(0, len(seeds), DRAWN_AT_ONCE)
+        ]
+        boxes, flips = (torch.cat(part) for part in zip(*parts, strict=True))
+        return boxes, flips
+
+    def on_device(self, drawn: Drawn | None) -> Drawn | None:
+        """The same where the images are."""
+        return drawn and (drawn[0].to(self.pixels.device), drawn[1].to(self.pixels.device))
 
     def batch(self, positions: Tensor, drawn: Drawn | None, one_look: bool = False) -> Tensor:
         """uint8 (B, 3, S, S) of images at positions (B,), cropped as it was drawn, (B, ...).

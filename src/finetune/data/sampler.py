@@ -111,6 +111,15 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
         """What this rank takes of an epoch's order, batch by batch."""
         return [slice(start + self.rank, stop, self.world_size) for start, stop in self.bounds]
 
+    def sizes(self) -> list[int]:
+        """Images of each batch of this rank."""
+        return [len(range(self.num_images)[batch]) for batch in self.places()]
+
+    def of_epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        """What this rank's batches of an epoch hold, one after another."""
+        order = self.order(epoch)
+        return [where for batch in self.places() for where in self.drawn(epoch, order, batch)]
+
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         begun, first = self.where()
         for epoch in range(begun, max(begun + 1, self.num_epochs())):

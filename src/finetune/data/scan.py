@@ -29,7 +29,7 @@ from finetune.data.path_list import UNASKED, Names, Paths, inside, size_and_time
 from finetune.data.paths import printable
 from finetune.data.read import IMAGE_SUFFIXES, LARGE, BadImage, check_image
 from finetune.errors import DataError
-from finetune.files import cache_folder, remove_oldest, write_whole
+from finetune.files import cache_folder, note_read, remove_oldest, write_whole
 from finetune.machine import process_rank, usable_cores
 
 try:
@@ -329,8 +329,7 @@ class Scan(AbstractContextManager["Scan"]):
                 part, known = names.part(at, at + count), files[at : at + count]
                 found[key] = Folder(key, device=0, names=part, files=known, **facts)
                 at += count
-            with suppress(OSError):  # it is another user's
-                os.utime(self.cache)  # read now: the last to go
+            note_read(self.cache)
             return found, float(header["written_at"])
         except (FileNotFoundError, NotADirectoryError):
             return {}, 0
