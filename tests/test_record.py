@@ -1,9 +1,13 @@
 """run.json and the files of a run: whole at every moment, or not there."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
 
+from finetune import fit
 from finetune.errors import CheckpointError, ConfigError
 from finetune.files import write_json, write_whole
 from finetune.record import Record
@@ -69,3 +73,25 @@ def test_a_folder_without_a_readable_record_is_no_run(tmp_path, content):
 def test_a_missing_folder_is_no_run(tmp_path):
     with pytest.raises(CheckpointError, match="no such run directory"):
         Record.read(tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_to_tell_the_commit_takes_no_lock_of_somebodys_repository(tmp_path, monkeypatch):
+    def git(*words):
+        named = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *named, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    code, index = tmp_path / "fit.py", tmp_path / ".git" / "index"
+    code.write_text("1")
+    git("init")
+    git("add", "fit.py")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(fit, "__file__", str(code))
+    os.utime(code, (0, 0))  # git would write down that it looked again
+    before = index.read_bytes()
+    assert fit.git_state()["dirty"] is False
+    assert index.read_bytes() == before
+    git("status")
+    assert index.read_bytes() != before
+    code.write_text("2")
+    assert fit.git_state()["dirty"] is True

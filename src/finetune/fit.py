@@ -565,8 +565,10 @@ def git_state() -> dict[str, Any] | None:
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
+        # a run that is killed here must leave no lock behind in somebody's repository
+        words = ["git", "--no-optional-locks", *arguments]
         done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, check=True
+            words, cwd=folder, capture_output=True, text=True, timeout=5, check=True
         )
         return done.stdout.strip()
 
