@@ -188,7 +188,7 @@ class CachedImages:
     @property
     def nbytes(self) -> int:
         """Of the pixels."""
-        return num_pixels(self.places)
+        return num_bytes_of(self.places)
 
 
 class ImageCache:
@@ -327,7 +327,7 @@ def opened(path: Path, num_images: int) -> CachedImages | None:
             stored, footer = file.read(tail - _FOOTER), file.read(_FOOTER)
             if footer == _footer(stored):  # what stands elsewhere in a file are no places
                 places = np.frombuffer(stored, "<i8").reshape(num_images, _COLUMNS)
-                if num_pixels(places) == size - tail:
+                if num_bytes_of(places) == size - tail:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                     found = CachedImages([np.frombuffer(mapped, np.uint8)], places, path)
                     # a larger one is read when it is needed
@@ -337,7 +337,7 @@ def opened(path: Path, num_images: int) -> CachedImages | None:
     return None
 
 
-def num_pixels(places: np.ndarray) -> int:
+def num_bytes_of(places: np.ndarray) -> int:
     """Bytes of all images."""
     return int(3 * (places[:, 3] * places[:, 4]).sum())
 

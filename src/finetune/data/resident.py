@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from finetune.data import twister
-from finetune.data.transforms import Flip, ResizedCrop, Transform
+from finetune.data.transforms import ATTEMPTS, Flip, ResizedCrop, Transform, middle
 
 Kernel = Callable[[Tensor], Tensor]
 Drawn = tuple[Tensor, Tensor]  # top, left, height, width of each crop, int64 (N, 4); flips, (N,)
@@ -19,7 +19,6 @@ AT_ONCE = 2**24  # values of the images that are cropped together on a GPU, 64 M
 AT_ONCE_ON_CPU = 2**18  # what its caches hold
 SMALL_IMAGE = 64  # pixels a side, up to which a CPU crops whole batches sooner than image by image
 DRAWN_AT_ONCE = 2**15  # crops; 0.5 kB of memory for each
-ATTEMPTS = 10  # as RandomResizedCrop: after them it takes what fits in the centre
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,8 @@ def draw(crops: Crops, seeds: Sequence[int], height: int, width: int) -> Drawn:
     # where none fits, these are not used
     top = words[used, images] % np.maximum(1, height - h + 1)
     left = words[used + 1, images] % np.maximum(1, width - w + 1)
-    least, most = crops.ratio
-    mid_h = round(width / least) if width < height * least else height
-    mid_w = round(height * most) if width > height * most else width
-    middle = ((height - mid_h) // 2, (width - mid_w) // 2, mid_h, mid_w)
-    boxes = np.where(found, (top, left, h, w), np.array(middle)[:, None])
+    elsewhere = np.array(middle(height, width, crops.ratio))[:, None]
+    boxes = np.where(found, (top, left, h, w), elsewhere)
     flips = twister.uniform(words[used + 2 * found, images], 0, 1) < crops.flip
     return torch.from_numpy(boxes.T.copy()), torch.from_numpy(flips)
 

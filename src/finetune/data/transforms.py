@@ -12,6 +12,8 @@ from finetune.specs import InputSpec
 
 Transform = Callable[[Tensor], Tensor]
 
+ATTEMPTS = 10  # of a random crop, as in RandomResizedCrop: then it takes what fits in the middle
+
 # what torchvision resizes without a detour over floats, as this machine's vector units allow
 RESIZED_AS_UINT8 = {InterpolationMode.BICUBIC}
 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
@@ -155,20 +157,27 @@ class ResizedCrop(v2.RandomResizedCrop):
     def draw(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Top, left, height and width of a crop, as make_params draws them."""
         shortest, longest = self._log_ratio.tolist()
-        for _ in range(10):
+        for _ in range(ATTEMPTS):
             area = height * width * torch.empty(1).uniform_(*self.scale).item()
             stretch = torch.empty(1).uniform_(shortest, longest).exp_().item()
             w, h = round(math.sqrt(area * stretch)), round(math.sqrt(area / stretch))
             if 0 < w <= width and 0 < h <= height:
                 top = int(torch.randint(height - h + 1, (1,)))
                 return top, int(torch.randint(width - w + 1, (1,))), h, w
-        # the largest part in the middle whose ratio is allowed
-        w, h = width, height
-        if width < height * min(self.ratio):
-            h = round(width / min(self.ratio))
-        elif width > height * max(self.ratio):
-            w = round(height * max(self.ratio))
-        return (height - h) // 2, (width - w) // 2, h, w
+        return middle(height, width, (self.ratio[0], self.ratio[1]))
+
+
+def middle(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest part in the middle whose ratio is allowed.
+
+    What RandomResizedCrop takes where no attempt fits. ratio: least and most of width to height.
+    """
+    w, h = width, height
+    if width < height * min(ratio):
+        h = round(width / min(ratio))
+    elif width > height * max(ratio):
+        w = round(height * max(ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 class Flip(v2.RandomHorizontalFlip):
